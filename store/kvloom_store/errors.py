@@ -1,0 +1,93 @@
+"""What can go wrong with a store: StoreError and its kinds (exit code 20)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvloom_proto.errors import KVLoomError
+
+
+class StoreError(KVLoomError):
+    """The database could not be opened, read or written, or does not hold what was asked for."""
+
+    exit_code = 20
+
+
+class NotAStore(StoreError):
+    """The file is there, but it is not a kvloom store."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(
+            f"{path} is not a kvloom store",
+            hint="give another file with --store PATH (or KVLOOM_STORE); a new file is created if none is there",
+        )
+        self.path = path
+
+
+class StoreUnavailable(StoreError):
+    """The file cannot be opened, created or written: a bad path, permissions, a full disk."""
+
+
+class StoreLocked(StoreError):
+    """Another process kept the write lock for longer than the wait."""
+
+
+class SchemaTooNew(StoreError):
+    """The store was written by a newer kvloom."""
+
+    def __init__(self, found: int, supported: int) -> None:
+        super().__init__(
+            f"this store has schema version {found}; this kvloom knows versions up to {supported}",
+            hint="upgrade kvloom: pip install --upgrade kvloom",
+        )
+        self.found = found
+        self.supported = supported
+
+
+class CorruptRow(StoreError):
+    """A row's checksum does not cover what the row says: it was damaged after it was written."""
+
+    def __init__(self, table: str, key: object) -> None:
+        super().__init__(
+            f"row {key!r} of table {table!r} is damaged (its checksum does not match)",
+            hint="restore the file from a backup; other sessions of the store stay readable",
+        )
+        self.table = table
+        self.key = key
+
+
+class RefNotFound(StoreError):
+    """A session, branch, tag or turn that is not there. ``nearest`` lists names that are close."""
+
+    def __init__(self, what: str, name: str, nearest: Sequence[str] = ()) -> None:
+        hint = f"did you mean {', '.join(nearest)}?" if nearest else "kvloom ls lists the sessions"
+        super().__init__(f"no {what} {name!r}", hint=hint)
+        self.what = what
+        self.name = name
+        self.nearest = tuple(nearest)
+
+
+class RefExists(StoreError):
+    """A session, branch or tag of that name is there already."""
+
+    def __init__(self, what: str, name: str) -> None:
+        super().__init__(f"{what} {name!r} exists already", hint="choose another name")
+        self.what = what
+        self.name = name
+
+
+class RefConflict(StoreError):
+    """A branch moved while it was being used: another process said something on it."""
+
+    def __init__(self, name: str, expected: str | None, actual: str | None) -> None:
+        super().__init__(
+            f"branch {name!r} moved meanwhile (from {expected} to {actual})",
+            hint="look at it with kvloom log, then say it again",
+        )
+        self.name = name
+        self.expected = expected
+        self.actual = actual
+
+
+class InvalidName(StoreError):
+    """A name or ref that cannot be read."""
