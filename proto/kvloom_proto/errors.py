@@ -73,9 +73,7 @@ class ChecksumMismatch(FormatError):
     """Bytes that are not the ones that were written."""
 
     def __init__(self, what: str, expected: bytes, actual: bytes) -> None:
-        super().__init__(
-            f"{what} is damaged: checksum {actual.hex()} instead of {expected.hex()}", field=what
-        )
+        super().__init__(f"{what} is damaged: checksum {actual.hex()} instead of {expected.hex()}", field=what)
         self.what = what
         self.expected = expected
         self.actual = actual

@@ -1,0 +1,40 @@
+"""A named limit for every length and count that is read from outside."""
+
+from __future__ import annotations
+
+MAX_MESSAGE_BYTES = 64 << 20
+"""A serialized manifest, schedule or provenance."""
+
+MAX_LAYERS = 4096
+"""Layers of one model."""
+
+MAX_TENSORS_PER_LAYER = 64
+
+MAX_DIMENSIONS = 8
+
+MAX_TOKENS = 1 << 24
+"""Tokens of one path."""
+
+MAX_CHUNKS = 1 << 20
+"""Chunks of one segment."""
+
+MAX_PASSES = 1 << 20
+"""Entries of one schedule."""
+
+MAX_CHUNK_BYTES = 256 << 20
+"""Raw bytes of one chunk."""
+
+MAX_NAME_BYTES = 256
+"""A tensor, codec, dtype or device name."""
+
+MAX_TURN_BYTES = 64 << 20
+"""One message as MessagePack."""
+
+MAX_VOCABULARY = 1 << 31
+"""Token ids are below this: they are stored as 32-bit unsigned integers."""
+
+CHUNK_TOKENS = 256
+"""Chunks are cut at absolute multiples of this many tokens."""
+
+CHUNK_BYTES = 1 << 20
+"""Layers are put into one chunk until it has about this many raw bytes (measured: benchmarks/NOTES.md)."""

@@ -1,0 +1,374 @@
+"""What the wire format says, as plain records: manifest, schedule, provenance.
+
+``pack`` turns a record into its canonical bytes; ``read_manifest``, ``read_schedule`` and ``read_provenance``
+turn bytes from outside back into records and refuse whatever FORMAT.md does not allow. Only this module
+touches the generated protobuf code.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from google.protobuf.message import DecodeError, Message
+
+from kvloom_proto import limits
+from kvloom_proto import state_pb2 as pb
+from kvloom_proto.errors import FormatError, LimitExceeded, UnsupportedVersion
+
+VERSION = 1
+
+ITEM_BYTES = {
+    "float64": 8,
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "int64": 8,
+    "int32": 4,
+    "uint8": 1,
+}
+"""Bytes of one element of each dtype name."""
+
+
+class LayerKind(enum.IntEnum):
+    """What a layer's state is like, and so how it is restored (DESIGN.md, section 1)."""
+
+    ROWS = 1
+    WINDOW = 2
+    KEYFRAME = 3
+    SHARED = 4
+    EMPTY = 5
+    OPAQUE = 6
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of a layer; ``shape`` leaves out the batch (always 1) and the token dimension."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    token_axis: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's row."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """``count`` layers in a row, from ``index`` on, that are alike."""
+
+    index: int
+    count: int
+    kind: LayerKind
+    tensors: tuple[TensorSpec, ...]
+    window: int = 0
+    shares: int = 0
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that one token adds to one of these layers."""
+        return sum(tensor.row_bytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkSpec:
+    """One stored blob: rows [position, position + tokens) of layers [layer, layer + layers)."""
+
+    kind: LayerKind
+    position: int
+    tokens: int
+    layer: int
+    layers: int
+    codec: str
+    raw_length: int
+    stored_length: int
+    raw_digest: bytes
+    stored_digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What one segment holds: positions [start, end) of every layer, and the chunks they are stored in."""
+
+    start: int
+    end: int
+    chunk_tokens: int
+    layers: tuple[LayerSpec, ...]
+    chunks: tuple[ChunkSpec, ...]
+
+    @property
+    def raw_bytes(self) -> int:
+        """Uncompressed bytes of state."""
+        return sum(chunk.raw_length for chunk in self.chunks)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes as stored."""
+        return sum(chunk.stored_length for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """``count`` forward passes one after another of ``tokens`` tokens each, the first from ``start`` on."""
+
+    start: int
+    tokens: int
+    count: int = 1
+    batch: int = 1
+
+    @property
+    def end(self) -> int:
+        return self.start + self.tokens * self.count
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Where each forward pass began and ended; ``unknown`` when somebody else's loop ran them."""
+
+    passes: tuple[Pass, ...] = ()
+    unknown: bool = False
+
+    def each(self) -> Iterator[tuple[int, int]]:
+        """Each single forward pass as (start, end)."""
+        for entry in self.passes:
+            for number in range(entry.count):
+                start = entry.start + number * entry.tokens
+                yield start, start + entry.tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """What changes only the rounding: recorded, set again by an exact replay, never a reason to refuse."""
+
+    threads: int
+    torch: str
+    transformers: str
+    device: str
+    cpu_capability: str
+    attention: str
+    engine: str
+
+
+def expand(layers: tuple[LayerSpec, ...]) -> list[LayerSpec]:
+    """The spec of each single layer, in order."""
+    return [spec for spec in layers for _ in range(spec.count)]
+
+
+def chunk_raw_bytes(layers: list[LayerSpec], layer: int, count: int, tokens: int) -> int:
+    """Raw bytes of a chunk of ``tokens`` rows of layers [layer, layer + count)."""
+    return sum(spec.row_bytes for spec in layers[layer : layer + count]) * tokens
+
+
+def pack(record: Manifest | Schedule | Provenance) -> bytes:
+    """The canonical bytes of a record: the same record always gives the same bytes."""
+    if isinstance(record, Manifest):
+        message: Message = _manifest_message(record)
+    elif isinstance(record, Schedule):
+        message = pb.Schedule(
+            version=VERSION,
+            unknown=record.unknown,
+            passes=[pb.Pass(start=p.start, tokens=p.tokens, count=p.count, batch=p.batch) for p in record.passes],
+        )
+    else:
+        message = pb.Provenance(
+            version=VERSION,
+            threads=record.threads,
+            torch=record.torch,
+            transformers=record.transformers,
+            device=record.device,
+            cpu_capability=record.cpu_capability,
+            attention=record.attention,
+            engine=record.engine,
+        )
+    return message.SerializeToString(deterministic=True)
+
+
+def _manifest_message(record: Manifest) -> pb.Manifest:
+    message = pb.Manifest(version=VERSION, start=record.start, end=record.end, chunk_tokens=record.chunk_tokens)
+    for spec in record.layers:
+        message.layers.add(
+            index=spec.index,
+            count=spec.count,
+            kind=pb.LayerKind.ValueType(spec.kind),
+            window=spec.window,
+            shares=spec.shares,
+            tensors=[
+                pb.TensorSpec(name=t.name, dtype=t.dtype, shape=t.shape, token_axis=t.token_axis) for t in spec.tensors
+            ],
+        )
+    for chunk in record.chunks:
+        message.chunks.add(
+            kind=pb.LayerKind.ValueType(chunk.kind),
+            position=chunk.position,
+            tokens=chunk.tokens,
+            layer=chunk.layer,
+            layers=chunk.layers,
+            codec=chunk.codec,
+            raw_length=chunk.raw_length,
+            stored_length=chunk.stored_length,
+            raw_digest=chunk.raw_digest,
+            stored_digest=b"" if chunk.stored_digest == chunk.raw_digest else chunk.stored_digest,
+        )
+    return message
+
+
+def read_manifest(data: bytes) -> Manifest:
+    """Read and check a manifest.
+
+    Raises:
+        FormatError: the bytes do not follow FORMAT.md (LimitExceeded, UnsupportedVersion among them).
+    """
+    message = pb.Manifest()
+    _parse(message, data, "manifest")
+    _limit("manifest.layers", len(message.layers), limits.MAX_LAYERS)
+    _limit("manifest.chunks", len(message.chunks), limits.MAX_CHUNKS)
+    _limit("manifest.end", message.end, limits.MAX_TOKENS)
+    if message.start >= message.end:
+        raise FormatError("a manifest must cover at least one position", field="manifest.end")
+    if message.chunk_tokens == 0 or message.chunk_tokens % 16:
+        raise FormatError("chunk_tokens must be a multiple of 16", field="manifest.chunk_tokens")
+    layers = tuple(_read_layer(layer) for layer in message.layers)
+    index = 0
+    for layer in layers:
+        if layer.index != index or layer.count == 0:
+            raise FormatError("layers must follow one another without a hole", field="manifest.layers")
+        index += layer.count
+        _limit("manifest.layers", index, limits.MAX_LAYERS)
+    chunks = tuple(_read_chunk(chunk) for chunk in message.chunks)
+    manifest = Manifest(message.start, message.end, message.chunk_tokens, layers, chunks)
+    _check_rows_covered_once(manifest)
+    return manifest
+
+
+def _read_layer(message: pb.LayerSpec) -> LayerSpec:
+    _limit("layer.tensors", len(message.tensors), limits.MAX_TENSORS_PER_LAYER)
+    tensors = []
+    for tensor in message.tensors:
+        _limit("tensor.shape", len(tensor.shape), limits.MAX_DIMENSIONS)
+        _limit("tensor.name", len(tensor.name), limits.MAX_NAME_BYTES)
+        if tensor.dtype not in ITEM_BYTES:
+            raise FormatError(f"unknown dtype {tensor.dtype[:32]!r}", field="tensor.dtype")
+        if not tensor.name or 0 in tensor.shape or tensor.token_axis > len(tensor.shape):
+            raise FormatError("a tensor needs a name, a shape without zeros and its token axis", field="tensor")
+        _limit("tensor.shape", math.prod(tensor.shape), limits.MAX_CHUNK_BYTES)
+        tensors.append(TensorSpec(tensor.name, tensor.dtype, tuple(tensor.shape), tensor.token_axis))
+    return LayerSpec(
+        message.index,
+        message.count,
+        _read_kind(message.kind, "layer.kind"),
+        tuple(tensors),
+        message.window,
+        message.shares,
+    )
+
+
+def _read_kind(value: int, field: str) -> LayerKind:
+    try:
+        return LayerKind(value)
+    except ValueError as error:
+        raise FormatError(f"unknown layer kind {value}", field=field) from error
+
+
+def _read_chunk(message: pb.ChunkSpec) -> ChunkSpec:
+    _limit("chunk.raw_length", message.raw_length, limits.MAX_CHUNK_BYTES)
+    _limit("chunk.stored_length", message.stored_length, limits.MAX_CHUNK_BYTES)
+    _limit("chunk.codec", len(message.codec), limits.MAX_NAME_BYTES)
+    stored_digest = message.stored_digest or message.raw_digest
+    if len(message.raw_digest) != 16 or len(stored_digest) != 16:
+        raise FormatError("a digest has 16 bytes", field="chunk.raw_digest")
+    if message.HasField("reference"):
+        raise FormatError("chunks coded against a reference are not known yet", field="chunk.reference")
+    return ChunkSpec(
+        _read_kind(message.kind, "chunk.kind"),
+        message.position,
+        message.tokens,
+        message.layer,
+        message.layers,
+        message.codec,
+        message.raw_length,
+        message.stored_length,
+        message.raw_digest,
+        stored_digest,
+    )
+
+
+def _check_rows_covered_once(manifest: Manifest) -> None:
+    """Each row of each layer of rows must stand in exactly one chunk, of the length its specs announce."""
+    layers = expand(manifest.layers)
+    seen: set[tuple[int, int]] = set()
+    covered = 0
+    for chunk in manifest.chunks:
+        if chunk.kind != LayerKind.ROWS:
+            raise FormatError(f"chunks of kind {chunk.kind.name} are not known yet", field="chunk.kind")
+        if not manifest.start <= chunk.position < chunk.position + chunk.tokens <= manifest.end:
+            raise FormatError("a chunk lies outside its segment", field="chunk.position")
+        if chunk.position // manifest.chunk_tokens != (chunk.position + chunk.tokens - 1) // manifest.chunk_tokens:
+            raise FormatError("a chunk crosses a chunk boundary", field="chunk.tokens")
+        if not 0 < chunk.layers <= len(layers) - chunk.layer:
+            raise FormatError("a chunk names layers that are not there", field="chunk.layers")
+        for layer in range(chunk.layer, chunk.layer + chunk.layers):
+            if layers[layer].kind != LayerKind.ROWS or (chunk.position, layer) in seen:
+                raise FormatError("rows are stored twice, or for a layer without rows", field="chunk.layer")
+            seen.add((chunk.position, layer))
+            covered += chunk.tokens
+        if chunk.raw_length != chunk_raw_bytes(layers, chunk.layer, chunk.layers, chunk.tokens):
+            raise FormatError("a chunk's length is not that of its rows", field="chunk.raw_length")
+    rows = sum(spec.kind == LayerKind.ROWS for spec in layers)
+    if covered != rows * (manifest.end - manifest.start):
+        raise FormatError("the chunks do not cover every row", field="manifest.chunks")
+
+
+def read_schedule(data: bytes) -> Schedule:
+    """Read and check a schedule. Raises FormatError."""
+    message = pb.Schedule()
+    _parse(message, data, "schedule")
+    _limit("schedule.passes", len(message.passes), limits.MAX_PASSES)
+    passes: list[Pass] = []
+    for entry in message.passes:
+        _limit("pass.count", entry.count, limits.MAX_TOKENS)
+        _limit("pass.tokens", entry.tokens, limits.MAX_TOKENS)
+        if not entry.tokens or not entry.count or not entry.batch:
+            raise FormatError("a pass has at least one token", field="schedule.passes")
+        read = Pass(entry.start, entry.tokens, entry.count, entry.batch)
+        _limit("pass.end", read.end, limits.MAX_TOKENS)
+        if passes and read.start != passes[-1].end:
+            raise FormatError("passes must follow one another", field="schedule.passes")
+        passes.append(read)
+    return Schedule(tuple(passes), message.unknown)
+
+
+def read_provenance(data: bytes) -> Provenance:
+    """Read and check a provenance. Raises FormatError."""
+    message = pb.Provenance()
+    _parse(message, data, "provenance")
+    texts = (
+        message.torch,
+        message.transformers,
+        message.device,
+        message.cpu_capability,
+        message.attention,
+        message.engine,
+    )
+    for text in texts:
+        _limit("provenance", len(text), limits.MAX_NAME_BYTES)
+    return Provenance(message.threads, *texts)
+
+
+def _parse(message: pb.Manifest | pb.Schedule | pb.Provenance, data: bytes, field: str) -> None:
+    _limit(field, len(data), limits.MAX_MESSAGE_BYTES)
+    try:
+        message.ParseFromString(data)
+    except (DecodeError, UnicodeDecodeError, ValueError) as error:
+        raise FormatError(f"the {field} is not a protobuf message: {error}", field=field) from error
+    if message.version != VERSION:
+        raise UnsupportedVersion(field, message.version, VERSION)
+
+
+def _limit(field: str, value: int, limit: int) -> None:
+    if value > limit:
+        raise LimitExceeded(field, value, limit)

@@ -1,0 +1,1 @@
+"""The durable store: trie, sessions, state. It never imports torch: bytes, dtype names, shapes and token ids only."""

@@ -1,0 +1,142 @@
+"""Opening the one file a store is, and its transactions.
+
+Readers never block: each works on its own snapshot of the WAL. Writers queue: those of this process on a
+lock that serves turns before state, those of other processes on SQLite's own lock with a bounded wait.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgpack
+import platformdirs
+import sqlalchemy as sa
+
+from kvloom_store import checksum, schema, sqlite
+from kvloom_store.errors import SchemaTooNew, StoreUnavailable
+
+BUSY_MS = 30_000
+"""How long a write waits for other processes before StoreLocked."""
+
+SYNCHRONOUS = ("NORMAL", "FULL")
+"""NORMAL survives kill -9 and a full disk; FULL adds power loss, at one fsync a turn. NORMAL is the default:
+what a power cut can cost there is the last turns, never the file."""
+
+
+def default_path() -> Path:
+    """``KVLOOM_STORE`` if set, else ``kvloom.db`` in the platform's data folder."""
+    given = os.environ.get("KVLOOM_STORE")
+    return Path(given) if given else Path(platformdirs.user_data_dir("kvloom", appauthor=False)) / "kvloom.db"
+
+
+def now_us() -> int:
+    """Microseconds since 1970, UTC."""
+    return time.time_ns() // 1000
+
+
+class Database:
+    """An open store file."""
+
+    def __init__(self, path: Path, *, must_exist: bool = False, busy_ms: int = BUSY_MS) -> None:
+        """Open the store at ``path``; made anew if there is none, unless ``must_exist``.
+
+        Raises:
+            NotAStore, SchemaTooNew, StoreUnavailable, StoreLocked
+        """
+        self.path = path
+        if must_exist and not path.exists():
+            raise StoreUnavailable(
+                f"no store at {path}", hint="kvloom say NAME TEXT makes one; --store PATH names another file"
+            )
+        if path.is_dir():
+            raise StoreUnavailable(f"{path} is a folder", hint="give a file with --store PATH")
+        if not path.exists():
+            sqlite.create_file(path)
+        self.read_only = not os.access(path, os.W_OK)
+        synchronous = os.environ.get("KVLOOM_SYNCHRONOUS", "NORMAL").upper()
+        if synchronous not in SYNCHRONOUS:
+            raise StoreUnavailable(f"KVLOOM_SYNCHRONOUS is {synchronous!r}", hint="use NORMAL or FULL")
+        self._lock = threading.Lock()
+        self._turns_waiting = 0
+        self.engine = sqlite.make_engine(path, read_only=self.read_only, synchronous=synchronous, busy_ms=busy_ms)
+        with sqlite.translated(path):
+            self._prepare()
+
+    def _prepare(self) -> None:
+        with self.engine.begin() as conn:
+            version = sqlite.identify(conn, self.path)
+        if version > schema.SCHEMA_VERSION:
+            raise SchemaTooNew(version, schema.SCHEMA_VERSION)
+        if version == 0:
+            with self.write() as conn:
+                if sqlite.identify(conn, self.path) == 0:  # another process may have been first
+                    self._create(conn)
+
+    @staticmethod
+    def _create(conn: sa.Connection) -> None:
+        schema.metadata.create_all(conn)
+        for table in schema.metadata.tables.values():
+            if "id" in table.columns:
+                checksum.insert(conn, schema.sequence, {"name": table.name, "next": 1})
+        facts = {"store_id": uuid.uuid4().bytes, "created": now_us()}
+        for key, value in facts.items():
+            checksum.insert(conn, schema.meta, {"key": key, "value": msgpack.packb(value)})
+        sqlite.mark(conn, schema.SCHEMA_VERSION)
+
+    @contextmanager
+    def read(self) -> Iterator[sa.Connection]:
+        """A snapshot of the store: everything read inside belongs together."""
+        with sqlite.translated(self.path), self.engine.begin() as conn:
+            yield conn
+
+    @contextmanager
+    def write(self, *, background: bool = False) -> Iterator[sa.Connection]:
+        """A write transaction. ``background`` ones (state) let those of turns go first.
+
+        Raises:
+            StoreUnavailable, StoreLocked
+        """
+        if self.read_only:
+            raise StoreUnavailable(f"{self.path} is read-only", hint="change its permissions")
+        with (
+            sqlite.translated(self.path),
+            self._turn_to_write(background),
+            self.engine.connect().execution_options(kvloom_write=True) as conn,
+            conn.begin(),
+        ):
+            yield conn
+
+    @contextmanager
+    def _turn_to_write(self, background: bool) -> Iterator[None]:
+        if not background:
+            self._turns_waiting += 1
+        while background and self._turns_waiting:
+            time.sleep(0.001)
+        with self._lock:
+            if not background:
+                self._turns_waiting -= 1
+            yield
+
+    def checkpoint(self) -> None:
+        """Move the write-ahead log into the file."""
+        if not self.read_only:
+            with sqlite.translated(self.path):
+                sqlite.checkpoint(self.engine)
+
+    def close(self) -> None:
+        """Close every connection; nothing may be read or written afterwards."""
+        self.engine.dispose()
+
+
+def allocate(conn: sa.Connection, table: sa.Table) -> int:
+    """A row id for ``table`` that was never used before; inside a write transaction."""
+    row = conn.execute(sa.select(schema.sequence).where(schema.sequence.c.name == table.name)).one()
+    old = checksum.checked(schema.sequence, row)
+    checksum.update(conn, schema.sequence, old, next=old["next"] + 1)
+    return int(old["next"])

@@ -1,0 +1,195 @@
+"""Schema version 1. SCHEMA.md says what each table is for and which invariants hold between them.
+
+Text and tokens (session, branch, tag, turn, turn_state, node) are the truth; state (segment, chunk) is a
+cache of it. Row ids never leave the store: users see names and turn ids.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+SCHEMA_VERSION = 1
+
+metadata = MetaData()
+
+
+def _table(name: str, *columns: Column[object] | Index | UniqueConstraint) -> Table:
+    return Table(name, metadata, *columns, Column("checksum", LargeBinary(16), nullable=False))
+
+
+def _id() -> Column[object]:
+    return Column("id", Integer, primary_key=True, autoincrement=False)
+
+
+def _ref(name: str, target: str, *, nullable: bool = False, index: bool = False) -> Column[object]:
+    return Column(name, Integer, ForeignKey(f"{target}.id"), nullable=nullable, index=index)
+
+
+def _int(name: str, *, nullable: bool = False, **options: Any) -> Column[object]:
+    return Column(name, BigInteger, nullable=nullable, **options)
+
+
+def _text(name: str, *, nullable: bool = False, **options: Any) -> Column[object]:
+    return Column(name, Text, nullable=nullable, **options)
+
+
+def _bytes(name: str, *, nullable: bool = False, **options: Any) -> Column[object]:
+    return Column(name, LargeBinary, nullable=nullable, **options)
+
+
+meta = _table("meta", _text("key", primary_key=True), _bytes("value"))
+"""Facts about the file: when and by what it was made, its settings (MessagePack values)."""
+
+sequence = _table("sequence", _text("name", primary_key=True), _int("next"))
+"""The next row id of each table. Ids are never used twice, so a stale one finds nothing."""
+
+model = _table("model", _id(), _bytes("digest", unique=True), _text("name"), _bytes("fields"), _int("created"))
+"""A model identity: what defines the function, with the fields it was made of kept readable."""
+
+model_digest = _table(
+    "model_digest",
+    _text("kind", primary_key=True),
+    _bytes("digest", primary_key=True),
+    _ref("model", "model"),
+    _int("created"),
+)
+"""Another digest of the same model (kind: files, tensors, tokenizer, chat_template), linked when seen together."""
+
+root = _table(
+    "root",
+    _id(),
+    _ref("model", "model"),
+    _bytes("extra"),
+    _bytes("salt"),
+    _int("created"),
+    UniqueConstraint("model", "extra", "salt"),
+)
+"""One trie: a model, a digest of the inputs that are not tokens (empty: none), and a salt (empty: shared)."""
+
+node = _table(
+    "node",
+    _id(),
+    _ref("root", "root"),
+    _ref("parent", "node", nullable=True),
+    _int("parent_offset"),
+    _int("first_token"),
+    _int("start"),
+    _int("length"),
+    _bytes("tokens"),
+    _bytes("chain_hash"),
+    UniqueConstraint("root", "parent", "parent_offset", "first_token", name="trie_step"),
+)
+"""One immutable edge of a trie. The topmost node of a root has no parent, no tokens and length 0."""
+
+provenance = _table("provenance", _id(), _bytes("digest", unique=True), _bytes("record"))
+"""What changes only the rounding (protobuf), one row per distinct record."""
+
+segment = _table(
+    "segment",
+    _id(),
+    _ref("node", "node", index=True),
+    _int("start"),
+    _int("end"),
+    _ref("base_segment", "segment", nullable=True, index=True),
+    _bytes("digest"),
+    _bytes("schedule"),
+    _ref("provenance", "provenance"),
+    _bytes("manifest"),
+    _int("raw_bytes"),
+    _int("stored_bytes"),
+    _int("complete"),
+    _int("created"),
+)
+"""State of positions [start, end), computed on top of base_segment's rows [0, start). Its last token is in node."""
+
+chunk = _table(
+    "chunk",
+    Column("segment", Integer, ForeignKey("segment.id"), primary_key=True, autoincrement=False),
+    Column("kind", Integer, primary_key=True, autoincrement=False),
+    Column("layer", Integer, primary_key=True, autoincrement=False),
+    Column("position", BigInteger, primary_key=True, autoincrement=False),
+    _text("place"),
+    _int("length"),
+    _bytes("blob", nullable=True),
+)
+"""One stored blob of a segment: the rows of a run of layers within one chunk of tokens."""
+
+session = _table("session", _id(), _text("name", unique=True), _bytes("settings"), _int("created"), _int("updated"))
+"""One conversation tree; its settings (MessagePack) fix the chat template, its options and its clock."""
+
+turn = _table(
+    "turn",
+    _id(),
+    _bytes("public_id", unique=True),
+    _ref("session", "session", index=True),
+    _ref("parent", "turn", nullable=True, index=True),
+    _text("role"),
+    _int("continues"),
+    _bytes("message"),
+    _text("finish_reason", nullable=True),
+    _bytes("settings"),
+    _bytes("timings"),
+    _bytes("digest", index=True),
+    _int("created"),
+)
+"""One message, as the chat template was given it (MessagePack); the digest is chained over the parent's."""
+
+turn_state = _table(
+    "turn_state",
+    _id(),
+    _ref("turn", "turn", index=True),
+    _ref("root", "root"),
+    _int("start"),
+    _int("end"),
+    _bytes("tokens"),
+    _ref("node", "node", index=True),
+    _int("offset"),
+    _int("state_start"),
+    _int("state_end"),
+    _ref("base_state", "turn_state", nullable=True, index=True),
+    _ref("base_segment", "segment", nullable=True, index=True),
+    _ref("segment", "segment", nullable=True, index=True),
+    _bytes("schedule"),
+    _ref("provenance", "provenance"),
+    _bytes("hidden", nullable=True),
+    _text("hidden_dtype", nullable=True),
+    _int("variant"),
+    _int("created"),
+)
+"""What one model made of a turn: the exact token ids, where they stand in the trie, how their state was computed."""
+
+branch = _table(
+    "branch",
+    _id(),
+    _ref("session", "session"),
+    _text("name"),
+    _ref("turn", "turn", nullable=True, index=True),
+    _int("created"),
+    _int("updated"),
+    UniqueConstraint("session", "name", name="branch_name"),
+)
+"""A named, movable pointer to a turn; null before the first one."""
+
+tag = _table(
+    "tag",
+    _id(),
+    _ref("session", "session"),
+    _text("name"),
+    _ref("turn", "turn", index=True),
+    _int("created"),
+    UniqueConstraint("session", "name", name="tag_name"),
+)
+"""A name that does not move."""

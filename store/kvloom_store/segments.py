@@ -1,0 +1,257 @@
+"""Writing state: a segment is the rows of positions [start, end), cut into chunks.
+
+Order of writing: the segment's row marked incomplete, its chunks in transactions of a few megabytes (the lock is
+free between them), and last, in one transaction, the manifest, the mark that it is complete and the turn that
+waits for it. A reader sees only complete segments; a crash in between leaves rows that ``sweep`` takes away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgpack
+import numpy as np
+import sqlalchemy as sa
+
+from kvloom_proto import limits
+from kvloom_proto.records import (
+    ITEM_BYTES,
+    ChunkSpec,
+    LayerKind,
+    LayerSpec,
+    Manifest,
+    Provenance,
+    Schedule,
+    expand,
+    pack,
+    read_provenance,
+)
+from kvloom_store import checksum, codec
+from kvloom_store.checksum import checked, digest, insert, update
+from kvloom_store.database import Database, allocate, now_us
+from kvloom_store.rows import RowSource
+from kvloom_store.schema import chunk, provenance, segment
+
+TRANSACTION_BYTES = 8 << 20
+"""State written in one transaction: what a turn that commits meanwhile has to wait for."""
+
+ABANDONED_US = 3_600_000_000
+"""An incomplete segment older than this was left by a process that died."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A segment about to be stored: rows [start, end) on top of ``base_segment``; the last token is in ``node``."""
+
+    node: int
+    start: int
+    end: int
+    base_segment: int | None
+    layers: tuple[LayerSpec, ...]
+    schedule: Schedule
+    provenance: int
+
+
+def add_provenance(conn: sa.Connection, record: Provenance) -> int:
+    """The row of a provenance, added if it is new."""
+    packed = pack(record)
+    key = digest(packed)
+    row = conn.execute(sa.select(provenance).where(provenance.c.digest == key)).one_or_none()
+    if row is not None:
+        return int(checked(provenance, row)["id"])
+    new = allocate(conn, provenance)
+    insert(conn, provenance, {"id": new, "digest": key, "record": packed})
+    return new
+
+
+def provenance_of(conn: sa.Connection, provenance_id: int) -> Provenance:
+    """A stored provenance."""
+    row = conn.execute(sa.select(provenance).where(provenance.c.id == provenance_id)).one()
+    return read_provenance(checked(provenance, row)["record"])
+
+
+def cut(layers: tuple[LayerSpec, ...], start: int, end: int) -> Iterator[ChunkSpec]:
+    """How rows [start, end) are cut into chunks: at multiples of CHUNK_TOKENS, and by runs of layers.
+
+    As many layers share a chunk as fit CHUNK_BYTES: a short turn of a whole model is one row of the table.
+    Codec and digests are still empty.
+    """
+    expanded = expand(layers)
+    for position in range(start - start % limits.CHUNK_TOKENS, end, limits.CHUNK_TOKENS):
+        first, last = max(start, position), min(end, position + limits.CHUNK_TOKENS)
+        tokens, layer = last - first, 0
+        while layer < len(expanded):
+            if expanded[layer].kind != LayerKind.ROWS:
+                layer += 1
+                continue
+            count = size = 0
+            while layer + count < len(expanded) and expanded[layer + count].kind == LayerKind.ROWS:
+                more = expanded[layer + count].row_bytes * tokens
+                if count and size + more > limits.CHUNK_BYTES:
+                    break
+                size += more
+                count += 1
+            yield ChunkSpec(LayerKind.ROWS, first, tokens, layer, count, codec.RAW, size, size, b"", b"")
+            layer += count
+
+
+def gather(source: RowSource, layers: list[LayerSpec], spec: ChunkSpec) -> bytes:
+    """The raw bytes of a chunk: layer after layer, tensor after tensor, each contiguous."""
+    parts = [
+        np.ascontiguousarray(source.rows(layer, number, spec.position, spec.position + spec.tokens)).tobytes()
+        for layer in range(spec.layer, spec.layer + spec.layers)
+        for number in range(len(layers[layer].tensors))
+    ]
+    return b"".join(parts)
+
+
+def write(
+    database: Database,
+    source: RowSource,
+    draft: Draft,
+    *,
+    codec_name: str,
+    finish: Callable[[sa.Connection, int], None],
+) -> int:
+    """Store a segment, unless one of equal content is there on the same base; its row id.
+
+    ``finish(conn, segment)`` runs in the last transaction, so that whoever waits for the segment is linked to it
+    in the moment it becomes visible. Memory: one chunk at a time.
+    """
+    layers = expand(draft.layers)
+    plan = []
+    for spec in cut(draft.layers, draft.start, draft.end):
+        plan.append(replace(spec, raw_digest=digest(gather(source, layers, spec))))
+    content = _content_digest(draft, plan)
+    with database.write(background=True) as conn:
+        same = _find_same(conn, draft, content)
+        if same is not None:
+            finish(conn, same)
+            return same
+        new = _insert_incomplete(conn, draft, content)
+    done = []
+    for batch in _batches(plan):
+        encoded = []
+        for spec in batch:
+            raw = gather(source, layers, spec)
+            name, stored = codec.encode(raw, _item_bytes(layers, spec), codec_name)
+            spec = replace(spec, codec=name, stored_length=len(stored), stored_digest=digest(stored))
+            encoded.append((spec, stored))
+        with database.write(background=True) as conn:
+            conn.execute(chunk.insert(), [chunk_row(new, spec, stored) for spec, stored in encoded])
+        done += [spec for spec, _ in encoded]
+    manifest = Manifest(draft.start, draft.end, limits.CHUNK_TOKENS, draft.layers, tuple(done))
+    with database.write(background=True) as conn:
+        same = _find_same(conn, draft, content)  # another process may have stored it meanwhile
+        if same is not None:
+            delete(conn, [new])
+            finish(conn, same)
+            return same
+        row = conn.execute(sa.select(segment).where(segment.c.id == new)).one()
+        update(
+            conn,
+            segment,
+            checked(segment, row),
+            manifest=pack(manifest),
+            raw_bytes=manifest.raw_bytes,
+            stored_bytes=manifest.stored_bytes,
+            complete=1,
+        )
+        finish(conn, new)
+    return new
+
+
+def chunk_row(segment_id: int, spec: ChunkSpec, stored: bytes) -> dict[str, Any]:
+    """The sealed row of a chunk."""
+    row = {
+        "segment": segment_id,
+        "kind": int(spec.kind),
+        "layer": spec.layer,
+        "position": spec.position,
+        "place": "inline",
+        "length": len(stored),
+        "blob": spec.stored_digest,
+    }
+    return {**row, "blob": stored, "checksum": checksum.row_checksum(chunk, row)}
+
+
+def _item_bytes(layers: list[LayerSpec], spec: ChunkSpec) -> int:
+    sizes = {
+        ITEM_BYTES[tensor.dtype] for layer in layers[spec.layer : spec.layer + spec.layers] for tensor in layer.tensors
+    }
+    return sizes.pop() if len(sizes) == 1 else 1  # mixed element sizes: one plane, so plain lz4
+
+
+def _content_digest(draft: Draft, plan: list[ChunkSpec]) -> bytes:
+    """Equal for segments whose rows have equal bits, however they are stored or were computed."""
+    shapes = [
+        [spec.index, spec.count, [[t.name, t.dtype, t.shape, t.token_axis] for t in spec.tensors]]
+        for spec in draft.layers
+    ]
+    chunks = [[c.position, c.tokens, c.layer, c.layers, c.raw_digest] for c in plan]
+    return digest(msgpack.packb([draft.start, draft.end, shapes, chunks]))
+
+
+def _find_same(conn: sa.Connection, draft: Draft, content: bytes) -> int | None:
+    rows = conn.execute(
+        sa.select(segment)
+        .where(
+            segment.c.node == draft.node,
+            segment.c.digest == content,
+            segment.c.complete == 1,
+            segment.c.base_segment == draft.base_segment
+            if draft.base_segment is not None
+            else segment.c.base_segment.is_(None),
+        )
+        .order_by(segment.c.id)
+    )
+    return next((int(checked(segment, row)["id"]) for row in rows), None)
+
+
+def _insert_incomplete(conn: sa.Connection, draft: Draft, content: bytes) -> int:
+    new = allocate(conn, segment)
+    values = {
+        "id": new,
+        "node": draft.node,
+        "start": draft.start,
+        "end": draft.end,
+        "base_segment": draft.base_segment,
+        "digest": content,
+        "schedule": pack(draft.schedule),
+        "provenance": draft.provenance,
+        "manifest": b"",
+        "raw_bytes": 0,
+        "stored_bytes": 0,
+        "complete": 0,
+        "created": now_us(),
+    }
+    insert(conn, segment, values)
+    return new
+
+
+def _batches(plan: list[ChunkSpec]) -> Iterator[list[ChunkSpec]]:
+    batch: list[ChunkSpec] = []
+    # By layer, then position: the order in which a restore reads them, and so the order in the file.
+    for spec in sorted(plan, key=lambda spec: (spec.layer, spec.position)):
+        if batch and sum(s.raw_length for s in batch) + spec.raw_length > TRANSACTION_BYTES:
+            yield batch
+            batch = []
+        batch.append(spec)
+    if batch:
+        yield batch
+
+
+def delete(conn: sa.Connection, ids: list[int]) -> None:
+    """Take segments and their chunks away (whoever calls has made sure that nothing stands on them)."""
+    conn.execute(chunk.delete().where(chunk.c.segment.in_(ids)))
+    conn.execute(segment.delete().where(segment.c.id.in_(ids)))
+
+
+def sweep(conn: sa.Connection) -> None:
+    """Take away what a process that died while writing state has left."""
+    stale = sa.select(segment.c.id).where(segment.c.complete == 0, segment.c.created < now_us() - ABANDONED_US)
+    ids = list(conn.execute(stale).scalars())
+    if ids:
+        delete(conn, ids)

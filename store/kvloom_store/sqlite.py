@@ -1,0 +1,163 @@
+"""Everything that is SQLite's alone: pragmas, file creation, its error messages. No other module knows them."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.exc import DatabaseError, OperationalError, SQLAlchemyError
+
+from kvloom_store.errors import NotAStore, StoreError, StoreLocked, StoreUnavailable
+
+APPLICATION_ID = 0x4B564C4D
+"""``KVLM``: tells a kvloom store from any other SQLite file."""
+
+PAGE_BYTES = 16384
+"""Measured (benchmarks/NOTES.md): blobs of about 1 MiB are written 1.5 times as fast as with 4 KiB pages."""
+
+MMAP_BYTES = 2 << 30
+"""SQLite's own cap. Mapped pages are copied once on their way out instead of twice."""
+
+NETWORK_FILESYSTEMS = frozenset(
+    {"nfs", "nfs4", "cifs", "smbfs", "smb3", "afpfs", "fuse.sshfs", "9p", "ceph", "glusterfs", "davfs"}
+)
+
+
+def create_file(path: Path) -> None:
+    """Make an empty private file (0600) in a private folder (0700), if there is none yet.
+
+    SQLite gives its WAL the permissions of the main file. The file is only ever opened here while it does
+    not exist: closing a second descriptor of an open database would drop SQLite's locks.
+    """
+    try:
+        if not path.parent.exists():
+            path.parent.mkdir(parents=True, mode=0o700)
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    except FileExistsError:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise NotAStore(str(path)) from None
+    except OSError as error:
+        raise StoreUnavailable(
+            f"cannot create the store {path}: {error.strerror or error}",
+            hint="give another place with --store PATH (or KVLOOM_STORE)",
+        ) from error
+
+
+def make_engine(path: Path, *, read_only: bool, synchronous: str, busy_ms: int) -> sa.Engine:
+    """An engine whose transactions say BEGIN themselves (see ``begin_write``), with the pragmas we rely on."""
+    mode = "ro" if read_only else "rw"
+    engine = sa.create_engine(
+        f"sqlite:///file:{_quoted(path)}?mode={mode}&uri=true",
+        connect_args={"timeout": busy_ms / 1000},
+        pool_size=8,
+        pool_timeout=30,
+    )
+
+    @event.listens_for(engine, "connect")
+    def configure(connection: Any, _record: object) -> None:
+        connection.isolation_level = None  # we say BEGIN ourselves: pysqlite's own is deferred and late
+        pragmas = [f"mmap_size={MMAP_BYTES}", "foreign_keys=ON", "trusted_schema=OFF", "cell_size_check=ON"]
+        if not read_only:
+            pragmas += [f"page_size={PAGE_BYTES}", "journal_mode=WAL", f"synchronous={synchronous}"]
+            # 64 MiB: a long prompt's state fits the log, and its pages are moved into the file in one go.
+            pragmas += [f"wal_autocheckpoint={(64 << 20) // PAGE_BYTES}", "journal_size_limit=67108864"]
+        for pragma in pragmas:
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: sa.Connection) -> None:
+        write = connection.get_execution_options().get("kvloom_write", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+    return engine
+
+
+def _quoted(path: Path) -> str:
+    text = str(path.absolute())
+    for char, code in (("%", "%25"), ("?", "%3f"), ("#", "%23")):
+        text = text.replace(char, code)
+    return text
+
+
+def identify(conn: sa.Connection, path: Path) -> int:
+    """The schema version of the file: 0 for an empty one. Raises NotAStore."""
+    application = conn.exec_driver_sql("PRAGMA application_id").scalar_one()
+    version = int(conn.exec_driver_sql("PRAGMA user_version").scalar_one())
+    if application == APPLICATION_ID:
+        return version
+    tables = conn.exec_driver_sql("SELECT count(*) FROM sqlite_master").scalar_one()
+    if application or version or tables:
+        raise NotAStore(str(path))
+    return 0
+
+
+def mark(conn: sa.Connection, version: int) -> None:
+    """Stamp the file as a kvloom store of this schema version."""
+    conn.exec_driver_sql(f"PRAGMA application_id={APPLICATION_ID}")
+    conn.exec_driver_sql(f"PRAGMA user_version={version:d}")
+
+
+def checkpoint(engine: sa.Engine) -> None:
+    """Move the write-ahead log into the file, where reads are mapped; what a reader still needs stays."""
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
+        conn.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def file_bytes(path: Path) -> int:
+    """Bytes of the file and its write-ahead log on disk."""
+    return sum(p.stat().st_size for p in (path, Path(f"{path}-wal")) if p.exists())
+
+
+def network_filesystem(path: Path) -> str | None:
+    """The kind of network drive the store lies on, if it does: WAL is not safe there."""
+    import psutil
+
+    target = path.absolute()
+    best: tuple[int, str] = (0, "")
+    for part in psutil.disk_partitions(all=True):
+        mount = Path(part.mountpoint)
+        if target.is_relative_to(mount) and len(mount.parts) > best[0]:
+            best = (len(mount.parts), part.fstype)
+    return best[1] if best[1].lower() in NETWORK_FILESYSTEMS else None
+
+
+@contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """Turn the database library's exceptions into ours, with what to do about them."""
+    try:
+        yield
+    except SQLAlchemyError as error:
+        raise _translate(error, path) from error
+
+
+def _translate(error: SQLAlchemyError, path: Path) -> StoreError:
+    text = str(getattr(error, "orig", error)).lower()
+    if "locked" in text or "busy" in text:
+        return StoreLocked(f"{path} is locked by another process", hint="wait for it to finish, then try again")
+    if "not a database" in text or "file is encrypted" in text:
+        return NotAStore(str(path))
+    if "readonly" in text or "read-only" in text:
+        return StoreUnavailable(
+            f"{path} is read-only", hint="change its permissions, or give another file with --store PATH"
+        )
+    if "full" in text:
+        return StoreUnavailable(
+            f"no space left while writing {path}",
+            hint="free some disk space; everything acknowledged before is kept",
+        )
+    if "unable to open" in text:
+        return StoreUnavailable(
+            f"cannot open {path}",
+            hint="check the path and its permissions, or give another with --store PATH",
+        )
+    if isinstance(error, DatabaseError) and ("malformed" in text or "disk i/o" in text):
+        return StoreError(f"{path} is damaged: {text}", hint="restore it from a backup")
+    if isinstance(error, OperationalError):
+        return StoreUnavailable(f"{path}: {text}", hint="check the path and its permissions")
+    return StoreError(f"{path}: {text}")
