@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import gc
 import importlib.util
 import json
@@ -19,7 +20,7 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
 
 DType = Literal["auto", "float32", "bfloat16"]
 Progress = Callable[[str, float], None]
-"""Told the stage ("waiting", "reading", "de-quantising", "tokenizer", "writing", "downloading", "loading")
-and how much of that stage is done, 0.0 to 1.0."""
+"""Told the stage and how much of that stage is done, 0.0 to 1.0. Converting: (waiting,) reading, parsing,
+de-quantising, loading, tokenizer, writing; then loading. A hub model: downloading, loading."""
 
 _NOTE = "kvloom.json"  # written last into a converted folder: with it the folder is whole
 _CONVERSION = 1  # raised when conversion here changes, so that older folders are left alone
@@ -177,7 +178,8 @@ def convert(source: ModelSource, progress: Progress | None = None) -> Path:
         folder = root / f"{stem}-v{_CONVERSION}-{digest[:16]}"
         if _is_whole(folder):
             return folder
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for private in (root.parent, root):  # mode is for the last folder only: parents go by umask
+            private.mkdir(parents=True, exist_ok=True, mode=0o700)
         with _one_converter(root, report) as alone:
             if _is_whole(folder):  # made by the process that was waited for
                 return folder
@@ -343,11 +345,12 @@ def _one_converter(root: Path, report: Progress) -> Iterator[bool]:
 
 def _convert_into(work: Path, source: ModelSource, report: Progress) -> None:
     assert source.path is not None
+    report("parsing", 0.0)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     options: dict[str, Any] = {"gguf_file": source.path.name, "local_files_only": True}
-    with _gc_paused(), _quiet(report), _gguf_read_once():
+    with _gc_paused(), _quiet(report), _gguf_parsed_once():
         model, info = AutoModelForCausalLM.from_pretrained(
             source.path.parent,
             dtype=torch.float32,
@@ -406,17 +409,18 @@ def _sync(path: Path) -> None:
 
 def _download(source: ModelSource, report: Progress) -> Path:
     """The local snapshot of a hub model, downloaded only if it is not here whole."""
+    import huggingface_hub
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     with contextlib.suppress(Exception):  # not here, or not whole: whatever the reason, ask the hub
         folder = Path(snapshot_download(source.name, allow_patterns=_HUB_FILES, local_files_only=True))
         if _has_all_weights(folder):
             return folder
-    had_bars = not are_progress_bars_disabled()
+    hub: Any = huggingface_hub.utils
+    had_bars = not hub.are_progress_bars_disabled()
     try:
-        disable_progress_bars()
+        hub.disable_progress_bars()
         report("downloading", 0.0)
         folder = Path(snapshot_download(source.name, allow_patterns=_HUB_FILES))
         report("downloading", 1.0)
@@ -428,7 +432,7 @@ def _download(source: ModelSource, report: Progress) -> Path:
         raise ModelNotFound(source.name, hint=hint) from error
     finally:
         if had_bars:
-            enable_progress_bars()
+            hub.enable_progress_bars()
     return folder
 
 
@@ -467,9 +471,7 @@ def _refuse_missing(source: ModelSource, info: dict[str, Any]) -> None:
     """transformers fills missing weights with random numbers and goes on; here that is an error."""
     missing = sorted(info.get("missing_keys") or ()) + sorted(map(str, info.get("mismatched_keys") or ()))
     if missing:
-        raise UnsupportedModel(
-            source.name, f"{len(missing)} weights are missing or of another shape ({missing[0]})"
-        )
+        raise UnsupportedModel(source.name, f"{len(missing)} weights are missing or of another shape ({missing[0]})")
 
 
 class _Steps:
@@ -481,7 +483,7 @@ class _Steps:
         self._report = report
 
     def __iter__(self) -> Iterator[Any]:
-        total = len(self._items) if hasattr(self._items, "__len__") else 0
+        total = len(self._items) if isinstance(self._items, Sized) else 0
         for number, item in enumerate(self._items, 1):
             yield item
             self._report(self._stage, min(1.0, number / max(total, number)))
@@ -529,24 +531,32 @@ def _quiet(report: Progress) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _gguf_read_once() -> Iterator[None]:
-    """Parse the file once, not three times (config, weights, tokenizer): 4.5 s each for SmolLM2."""
+def _gguf_parsed_once() -> Iterator[None]:
+    """Halve the time of a conversion (SmolLM2: CONVB to CONVA s) by doing slow things of gguf once.
+
+    transformers parses the file three times (config, weights, tokenizer), and builds the table of tensor
+    names once for every module of the model, always the same.
+    """
     import gguf
+    import numpy as np
 
-    reader = gguf.GGUFReader
-    parsed: dict[str, Any] = {}
+    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+        @property
+        def data(self) -> Any:
+            return self._bytes
 
-    def once(path: Any, *args: Any, **kwargs: Any) -> Any:
-        if str(path) not in parsed:
-            parsed[str(path)] = reader(path, *args, **kwargs)
-        return parsed[str(path)]
+        @data.setter
+        def data(self, mapped: Any) -> None:
+            self._bytes = np.asarray(mapped)  # slices of a numpy.memmap take three times as long
 
+    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
     with _patching:
-        gguf.GGUFReader = once
+        gguf.GGUFReader = functools.cache(Reader)
+        gguf.get_tensor_name_map = functools.cache(names)
         try:
             yield
         finally:
-            gguf.GGUFReader = reader
+            gguf.GGUFReader, gguf.get_tensor_name_map = reader, names
 
 
 @contextlib.contextmanager

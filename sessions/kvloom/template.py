@@ -271,8 +271,6 @@ def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
 
 # --- text that is only text ---
 
-_FOREIGN = ("tools", "documents")
-
 
 def _marker(template: ChatTemplate, messages: Sequence[Message]) -> str:
     """A private-use character that neither the template nor its options nor the messages hold."""

@@ -23,7 +23,7 @@ _REPLACEMENT = "\ufffd"  # what decoding shows for bytes that are not, or not ye
 # How sentencepiece vocabularies spell a token that is one byte.
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
-# At most this many tokens whose text ends in a replacement character are decoded again and again.
+# A window of more tokens than this, whose text ends in a replacement character, is cut.
 _MAX_HELD = 8
 
 
@@ -37,9 +37,8 @@ class TextStream:
       follows: one bad byte makes decoders replace the whole run, characters that were complete too.
     - A suffix that could be the beginning of a stop string.
 
-    Decoding is incremental: only a window of the last few tokens is decoded, with the tokens of the step
-    before as context, since decoders treat the first token they see differently (its leading space). The
-    window grows only while text is held back. Not safe to use from several threads at once.
+    Decoding is incremental: only the tokens whose text is held back are decoded, after one more as
+    context, since decoders treat the first token they see differently (its leading space). Not safe to use from several threads at once.
     """
 
     def __init__(
@@ -69,10 +68,8 @@ class TextStream:
         self._silent = frozenset(skip_ids) | frozenset(tokenizer.all_special_ids)
         self._silent |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
-        # Invariant: the first _shown characters of decode(_window) were passed on. The first _context
-        # tokens of the window end where a character ends, so the tokens after them can begin a new window.
+        # Invariant: the first _shown characters of decode(_window) were passed on, none of those after them.
         self._window: list[int] = []
-        self._context = 0
         self._shown = 0
         self._run = bytearray()  # the byte tokens at the end of the window; their tail is enough
         self._maybe_stop = ""  # certain text, held back as the beginning of a stop string
@@ -122,10 +119,8 @@ class TextStream:
         new = text[self._shown : end]
         self._shown = max(self._shown, end)
         if end == len(text):
-            del self._window[: self._context]
-            self._context = len(self._window)
-            self._shown = len(self._decode(self._window))
-        elif len(self._window) - self._context >= _MAX_HELD:
+            self._settle()
+        elif len(self._window) > _MAX_HELD:
             self._shorten(text)
         return self._emit(new)
 
@@ -171,22 +166,30 @@ class TextStream:
             self._shown = len(text) - text.endswith(_REPLACEMENT)
         self.reopened = text[self._shown :]
         if not self.reopened:
-            self._context = len(self._window)
+            self._settle()
         elif _REPLACEMENT not in self.reopened:
             self._old = len(self.reopened)  # whole characters: a reply that ended at "\n" can go on after it
+
+    def _settle(self) -> None:
+        """All of the window's text was passed on: keep its last token, as context for the next one.
+
+        Alone it may decode to something else (without its leading space, or to U+FFFD if it is the end
+        of a character), but to the same whatever follows, so the difference is the text of what follows.
+        """
+        del self._window[:-1]
+        self._shown = len(self._decode(self._window))
 
     def _shorten(self, text: str) -> None:
         """Drop tokens from a window whose text keeps ending in U+FFFD (a model that emits broken bytes).
 
-        A token boundary is safe to cut at if both sides decode to the same text alone as together. A
-        character has at most 4 bytes, so of 4 successive boundaries at least one is not inside of one,
-        and 4 tokens after it decide every character that began before it.
+        A token boundary is safe to cut at if both sides decode to the same text alone as together: a
+        character, or the beginning of one, that lies across it would be replaced on both sides. It has
+        at most 4 bytes, so one of the last 4 boundaries is safe.
         """
-        for kept in range(4, _MAX_HELD):
+        for kept in range(1, 5):
             head, tail = self._decode(self._window[:-kept]), self._decode(self._window[-kept:])
             if head + tail == text and len(head) <= self._shown:
                 del self._window[:-kept]
-                self._context = 0
                 self._shown -= len(head)
                 return
 

@@ -8,16 +8,19 @@ kept as it is. FORMAT.md has the byte table.
 from __future__ import annotations
 
 import struct
+from typing import TypeAlias
 
 import lz4.block
 import numpy as np
-import numpy.typing as npt
 
 from kvloom_proto.errors import FormatError, Truncated, UnknownCodec
 
 RAW = "raw"
 PLANES_LZ4 = "planes-lz4"
 CODECS = (RAW, PLANES_LZ4)
+
+Buffer: TypeAlias = bytes | memoryview
+"""Bytes that can be looked at without a copy."""
 
 AUTO = "auto"
 """Setting: planes-lz4 where it saves at least ``WORTH_IT``, raw where it does not."""
@@ -50,7 +53,7 @@ def encode(raw: bytes | memoryview, item_bytes: int, codec: str) -> tuple[str, b
     return PLANES_LZ4, stored
 
 
-def decode(stored: bytes, item_bytes: int, raw_length: int, codec: str) -> bytes | npt.NDArray[np.uint8]:
+def decode(stored: bytes, item_bytes: int, raw_length: int, codec: str) -> Buffer:
     """The raw bytes of a chunk, ``raw_length`` of them (already checked against its limit).
 
     Raises:
@@ -78,7 +81,7 @@ def decode(stored: bytes, item_bytes: int, raw_length: int, codec: str) -> bytes
         out[:, k] = np.frombuffer(data if kept else _inflate(data, elements), np.uint8, elements)
     if at != len(stored):
         raise FormatError("a chunk goes on after its last plane", field="chunk")
-    return out.reshape(-1)
+    return out.reshape(-1).data
 
 
 def _inflate(data: memoryview, size: int) -> bytes:

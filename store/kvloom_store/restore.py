@@ -168,12 +168,12 @@ def _place(values: dict[str, Any], read: Read, manifest: Manifest, spec: ChunkSp
     layers = expand(manifest.layers)[spec.layer : spec.layer + spec.layers]
     items = {ITEM_BYTES[tensor.dtype] for layer in layers for tensor in layer.tensors}
     raw = codec.decode(stored, items.pop() if len(items) == 1 else 1, spec.raw_length, spec.codec)
-    if spec.codec != codec.RAW and digest(memoryview(raw)) != spec.raw_digest:
-        raise ChecksumMismatch(what, spec.raw_digest, digest(memoryview(raw)))
+    if spec.codec != codec.RAW and digest(raw) != spec.raw_digest:
+        raise ChecksumMismatch(what, spec.raw_digest, digest(raw))
     _scatter(raw, layers, spec, min(spec.position + spec.tokens, read.end), sink)
 
 
-def _scatter(raw: Any, layers: list[LayerSpec], spec: ChunkSpec, end: int, sink: RowSink) -> None:
+def _scatter(raw: codec.Buffer, layers: list[LayerSpec], spec: ChunkSpec, end: int, sink: RowSink) -> None:
     at, take = 0, end - spec.position
     for number, layer in enumerate(layers):
         for index, tensor in enumerate(layer.tensors):

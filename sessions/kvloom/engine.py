@@ -1,0 +1,274 @@
+"""The engine: tokens in, tokens and state out. The only module that runs the model.
+
+Prefill is cut into passes at multiples of GRID, counted from the conversation's first token, so that the
+state of a shared prefix is the same whoever computed it; decoding feeds one token a pass. Every pass is in the
+schedule that is stored with the turn, and running that schedule again gives the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import transformers
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from kvloom import support
+from kvloom._version import __version__
+from kvloom.errors import ContextOverflow, EngineError, UnsupportedInput, UnsupportedModel
+from kvloom.identity import ModelIdentity, identity_of
+from kvloom.live import LiveState, dtype_name, layer_specs
+from kvloom.sampling import SamplingSettings, choose
+from kvloom_proto.records import LayerSpec, Pass, Provenance, Schedule
+
+GRID = 1024
+"""Tokens of a prefill pass. On SmolLM2 at 4,096 tokens this costs 0 to 5 % against one single pass, where 512 costs
+about 10 % (benchmarks/NOTES.md); a smaller grid would share more, a larger one would hold Ctrl-C up for longer."""
+
+Progress = Callable[[int, int], None]
+"""Called before each pass of a prefill with the tokens done and the tokens there are to do."""
+
+
+class Cancelled(Exception):
+    """The run was asked to stop; what was computed before is in the live state."""
+
+
+class TransformersEngine:
+    """A Hugging Face model and its tokenizer, on whatever device they are.
+
+    Safe to use from several threads: whoever runs the model holds ``lock``. Thread counts and other global
+    settings are left alone, but for the moment of an exact replay.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str | None = None) -> None:
+        """Take a model the caller holds; it is checked with a pass over one token.
+
+        Raises:
+            UnsupportedModel: it keeps state that this version cannot capture exactly.
+        """
+        support.check_model(model)
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.name = name or model.config.name_or_path or type(model).__name__
+        self.lock = threading.RLock()
+        self.device = model.device
+        self.config = model.config.get_text_config(decoder=True)
+        self.context_limit = support.context_limit(self.config)
+        self.vocab_size = int(self.config.vocab_size)
+        self.eos_ids = _eos_ids(model, tokenizer)
+        self._takes_position_ids = support.takes(model, "position_ids")
+        self._takes_logits_to_keep = support.takes(model, "logits_to_keep")
+        self._base: Any = getattr(model, model.base_model_prefix)
+        self._last_hidden: torch.Tensor | None = None
+        self._base.register_forward_hook(self._keep_hidden)
+        self.layers: tuple[LayerSpec, ...] = self._probe()
+
+    def identity(self) -> ModelIdentity:
+        """What defines the function, now: adapters may have been switched since the last call."""
+        return identity_of(self.model, self.tokenizer)
+
+    def provenance(self) -> Provenance:
+        """What changes only the rounding, now."""
+        return Provenance(
+            threads=torch.get_num_threads(),
+            torch=torch.__version__,
+            transformers=transformers.__version__,
+            device=_device_name(self.device),
+            cpu_capability=support.cpu_capability(),
+            attention=str(self.config._attn_implementation),
+            engine=f"kvloom {__version__}",
+        )
+
+    def new_state(self, capacity: int) -> LiveState:
+        """An empty state with room for ``capacity`` tokens."""
+        return LiveState(self.layers, min(capacity, self.context_limit), self.device)
+
+    def check_ids(self, ids: Sequence[int], *, room: int = 1) -> None:
+        """Refuse ids the model does not have, or more of them (and ``room`` more) than its context holds.
+
+        Raises:
+            UnsupportedInput, ContextOverflow
+        """
+        if any(not isinstance(token, int) or not 0 <= token < self.vocab_size for token in ids):
+            raise UnsupportedInput(
+                f"token ids must be integers from 0 to {self.vocab_size - 1}",
+                hint="kvloom takes text or token ids; images and embeddings are not supported yet",
+            )
+        if len(ids) + room > self.context_limit:
+            raise ContextOverflow(len(ids) + room, self.context_limit)
+
+    def run_pass(self, live: LiveState, ids: Sequence[int]) -> torch.Tensor:
+        """One forward pass over the tokens that follow what ``live`` holds; the logits ``[vocab]`` after the last.
+
+        ``live.hidden`` is set to the final hidden state ``[1, 1, hidden_size]`` of the last token.
+        """
+        start = live.length
+        live.reserve(start + len(ids))
+        inputs: dict[str, Any] = {"input_ids": torch.tensor([ids], device=self.device)}
+        if self._takes_position_ids:  # always given: some models count from 0 without them
+            inputs["position_ids"] = torch.arange(start, start + len(ids), device=self.device)[None]
+        if self._takes_logits_to_keep:
+            inputs["logits_to_keep"] = 1
+        try:
+            with torch.inference_mode():
+                output = self.model(**inputs, past_key_values=live.cache, use_cache=True)
+        except BaseException:
+            live.truncate(start)
+            raise
+        live.hidden = self._last_hidden
+        logits: torch.Tensor = output.logits[0, -1]
+        return logits
+
+    def logits_of(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The logits ``[vocab]`` that follow from a final hidden state ``[1, 1, hidden_size]``.
+
+        Only the output head runs: the model's own forward, with the decoder stood in for by the hidden state, so
+        that whatever a model does behind its decoder (scaling, soft-capping) is done here too.
+        """
+        decoder = self._base.forward
+        self._base.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden)
+        try:
+            with torch.inference_mode():
+                output = self.model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=self.device))
+        finally:
+            if "forward" in vars(self._base):
+                del self._base.forward
+            if self._base.forward != decoder:  # somebody else had put one there
+                self._base.forward = decoder
+        logits: torch.Tensor = output.logits[0, -1]
+        return logits
+
+    def prefill(
+        self,
+        live: LiveState,
+        ids: Sequence[int],
+        *,
+        cancel: threading.Event | None = None,
+        progress: Progress | None = None,
+    ) -> torch.Tensor:
+        """Run the tokens behind what ``live`` holds, in passes on the grid; the logits after the last one.
+
+        Raises:
+            Cancelled: between two passes; what was run stays.
+        """
+        logits = None
+        first, last = live.length, live.length + len(ids)
+        for start, end in grid_passes(first, last):
+            if cancel is not None and cancel.is_set():
+                raise Cancelled
+            if progress is not None:
+                progress(start - first, len(ids))
+            logits = self.run_pass(live, ids[start - first : end - first])
+        if logits is None:
+            raise EngineError("there is nothing to run")
+        return logits
+
+    def generate(
+        self,
+        live: LiveState,
+        logits: torch.Tensor,
+        settings: SamplingSettings,
+        *,
+        seen: Sequence[int],
+        seed: int,
+        cancel: threading.Event | None = None,
+    ) -> Iterator[int]:
+        """Tokens one after another, for as long as the caller asks; the one yielded last is pending.
+
+        ``seen`` are the ids so far, for the repetition penalty. The token at position p is drawn with
+        ``uniform(seed, p)``, so a reply can be taken up again anywhere.
+        """
+        ids = list(seen)
+        while not (cancel is not None and cancel.is_set()):
+            token = choose(logits, settings, seen=ids, seed=seed, position=len(ids))
+            ids.append(token)
+            yield token
+            logits = self.run_pass(live, [token])
+
+    def replay(self, live: LiveState, ids: Sequence[int], schedule: Schedule, recorded: Provenance) -> None:
+        """Run recorded passes again, exactly: with the recorded thread count, which is put back afterwards.
+
+        ``ids`` are the tokens of the whole path.
+
+        Raises:
+            EngineError: the schedule does not go on where ``live`` ends.
+        """
+        with _threads(recorded.threads):
+            for start, end in schedule.each():
+                if start != live.length:
+                    raise EngineError("the recorded passes do not follow what is held")
+                self.run_pass(live, ids[start:end])
+
+    def _keep_hidden(self, _module: object, _inputs: object, output: Any) -> None:
+        if not hasattr(output, "last_hidden_state"):
+            raise UnsupportedModel(type(self.model).__name__, "its decoder does not return a last hidden state")
+        self._last_hidden = output.last_hidden_state[:, -1:]
+
+    def _probe(self) -> tuple[LayerSpec, ...]:
+        """Run one token through the model's own kind of cache, and see what is in it."""
+        cache = DynamicCache(config=self.model.config)
+        token = torch.zeros((1, 1), dtype=torch.long, device=self.device)
+        with torch.inference_mode():
+            output = self.model(input_ids=token, past_key_values=cache, use_cache=True)
+        support.check_probe(self.model, cache, 1)
+        if self._last_hidden is None:
+            raise UnsupportedModel(type(self.model).__name__, "its decoder was not called")
+        if not torch.equal(self.logits_of(self._last_hidden), output.logits[0, -1]):
+            raise UnsupportedModel(type(self.model).__name__, "its logits do not follow from its last hidden state")
+        return layer_specs(cache)
+
+    @property
+    def hidden_dtype(self) -> str:
+        """The dtype name of final hidden states."""
+        return dtype_name(self.model.dtype)
+
+
+def grid_passes(start: int, end: int) -> Iterator[tuple[int, int]]:
+    """[start, end) cut at multiples of GRID."""
+    while start < end:
+        stop = min(end, start - start % GRID + GRID)
+        yield start, stop
+        start = stop
+
+
+def schedule_of(passes: Sequence[tuple[int, int]]) -> Schedule:
+    """Passes as they ran, runs of equal length counted together."""
+    entries: list[Pass] = []
+    for start, end in passes:
+        if entries and entries[-1].tokens == end - start:
+            last = entries.pop()
+            entries.append(Pass(last.start, last.tokens, last.count + 1))
+        else:
+            entries.append(Pass(start, end - start))
+    return Schedule(tuple(entries))
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count and count != before:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end a reply: those of the generation config, and the tokenizer's own."""
+    found: set[int] = set()
+    generation = getattr(model, "generation_config", None)
+    for value in (getattr(generation, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id):
+        found.update([value] if isinstance(value, int) else value or [])
+    return frozenset(found)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":  # pragma: no cover - no such device where the tests run
+        return f"cuda {torch.cuda.get_device_name(device)}"
+    return device.type

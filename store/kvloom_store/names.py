@@ -1,0 +1,71 @@
+"""Names and refs: how a user points at a session, a branch, a turn.
+
+A ref is ``session``, ``session@branch``, ``session@tag``, ``session@branch~2`` (two turns back) or
+``session@<turn id>`` (any unique prefix of at least four hex digits).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from kvloom_store.errors import InvalidName
+
+MAX_NAME = 100
+"""Characters of a session, branch or tag name."""
+
+MAIN = "main"
+"""The branch every session begins with."""
+
+_NAME = re.compile(r"[\w][\w.+/-]*", re.UNICODE)
+_REF = re.compile(r"(?P<session>[^@~:]+)(?:@(?P<point>[^@~:]+))?(?:~(?P<back>\d{1,6}))?(?::(?P<token>\d{1,9}))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A ref taken apart: ``point`` is a branch, tag or turn id (None: the branch main), then ``back`` turns up."""
+
+    session: str
+    point: str | None
+    back: int
+
+    def __str__(self) -> str:
+        point = f"@{self.point}" if self.point else ""
+        return f"{self.session}{point}{f'~{self.back}' if self.back else ''}"
+
+
+def check_name(what: str, name: str) -> str:
+    """A valid session, branch or tag name, or InvalidName."""
+    if not _NAME.fullmatch(name) or len(name) > MAX_NAME or name.endswith(("/", ".")):
+        raise InvalidName(
+            f"{name!r} cannot be the name of a {what}",
+            hint=f"use letters, digits and . _ - + / (at most {MAX_NAME} characters)",
+        )
+    return name
+
+
+def parse_ref(text: str) -> Ref:
+    """Take a ref apart.
+
+    Raises:
+        InvalidName: it does not have the form of a ref.
+    """
+    found = _REF.fullmatch(text)
+    if found is None:
+        raise InvalidName(
+            f"{text!r} is not a ref", hint="write SESSION, SESSION@BRANCH, SESSION@BRANCH~2 or SESSION@TURN"
+        )
+    if found["token"] is not None:
+        raise InvalidName(
+            f"{text!r} names a token; this version forks at turns",
+            hint="write SESSION@BRANCH~N or SESSION@TURN (kvloom log shows the turns)",
+        )
+    check_name("session", found["session"])
+    return Ref(found["session"], found["point"], int(found["back"] or 0))
+
+
+def nearest(name: str, names: Iterable[str]) -> list[str]:
+    """Up to three names that are close to one that was not found."""
+    return difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)

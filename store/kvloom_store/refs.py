@@ -1,0 +1,243 @@
+"""Sessions, branches and tags: the names that point at turns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+import sqlalchemy as sa
+
+from kvloom_store import turns
+from kvloom_store.checksum import checked, insert, unpacked, update
+from kvloom_store.database import allocate, now_us
+from kvloom_store.errors import InvalidName, RefConflict, RefExists, RefNotFound
+from kvloom_store.names import MAIN, Ref, check_name, nearest
+from kvloom_store.schema import branch, session, tag, turn
+from kvloom_store.turns import Turn
+
+SHORTEST_ID = 4
+"""Hex digits of a turn id that are always shown and always asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRow:
+    """One conversation tree."""
+
+    row: int
+    name: str
+    settings: dict[str, Any]
+    created: int
+    updated: int
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """A movable pointer to a turn (None: nothing was said yet)."""
+
+    row: int
+    session: int
+    name: str
+    turn: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """What a ref points at: a turn (None at the very beginning) and, if it names one, the branch that moves on."""
+
+    session: SessionRow
+    turn: int | None
+    branch: Branch | None
+
+
+def create_session(conn: sa.Connection, name: str, settings: Mapping[str, Any]) -> SessionRow:
+    """A new session with its branch main. Raises RefExists, InvalidName."""
+    check_name("session", name)
+    if conn.execute(sa.select(session.c.id).where(session.c.name == name)).first():
+        raise RefExists("session", name)
+    now = now_us()
+    values = {
+        "id": allocate(conn, session),
+        "name": name,
+        "settings": msgpack.packb(dict(settings)),
+        "created": now,
+        "updated": now,
+    }
+    insert(conn, session, values)
+    add_branch(conn, values["id"], MAIN, None)
+    return _session(values)
+
+
+def _session(values: Mapping[str, Any]) -> SessionRow:
+    settings = unpacked(values["settings"], "session", values["id"])
+    return SessionRow(values["id"], values["name"], settings, values["created"], values["updated"])
+
+
+def sessions(conn: sa.Connection) -> list[SessionRow]:
+    """Every session, the one used last first."""
+    query = sa.select(session).order_by(session.c.updated.desc(), session.c.id.desc())
+    return [_session(checked(session, row)) for row in conn.execute(query)]
+
+
+def find_session(conn: sa.Connection, name: str) -> SessionRow | None:
+    """The session of that name, if there is one."""
+    row = conn.execute(sa.select(session).where(session.c.name == name)).one_or_none()
+    return None if row is None else _session(checked(session, row))
+
+
+def get_session(conn: sa.Connection, name: str) -> SessionRow:
+    """The session of that name. Raises RefNotFound with the nearest names."""
+    found = find_session(conn, name)
+    if found is None:
+        raise RefNotFound("session", name, nearest(name, conn.execute(sa.select(session.c.name)).scalars()))
+    return found
+
+
+def rename_session(conn: sa.Connection, old: str, new: str) -> SessionRow:
+    """Give a session another name. Raises RefNotFound, RefExists, InvalidName."""
+    check_name("session", new)
+    row = get_session(conn, old).row
+    if find_session(conn, new) is not None:
+        raise RefExists("session", new)
+    values = checked(session, conn.execute(sa.select(session).where(session.c.id == row)).one())
+    return _session(update(conn, session, values, name=new))
+
+
+def add_branch(conn: sa.Connection, session_row: int, name: str, at: int | None) -> Branch:
+    """A new branch at a turn: one row, and no state. Raises RefExists, InvalidName."""
+    check_name("branch", name)
+    if _named(conn, branch, session_row, name) or _named(conn, tag, session_row, name):
+        raise RefExists("branch or tag", name)
+    now = now_us()
+    values: dict[str, Any] = {
+        "id": allocate(conn, branch),
+        "session": session_row,
+        "name": name,
+        "turn": at,
+        "created": now,
+        "updated": now,
+    }
+    insert(conn, branch, values)
+    return Branch(values["id"], session_row, name, at)
+
+
+def add_tag(conn: sa.Connection, session_row: int, name: str, at: int) -> None:
+    """A name that stays at a turn. Raises RefExists, InvalidName."""
+    check_name("tag", name)
+    if _named(conn, branch, session_row, name) or _named(conn, tag, session_row, name):
+        raise RefExists("branch or tag", name)
+    values = {"id": allocate(conn, tag), "session": session_row, "name": name, "turn": at, "created": now_us()}
+    insert(conn, tag, values)
+
+
+def _named(conn: sa.Connection, table: sa.Table, session_row: int, name: str) -> dict[str, Any] | None:
+    query = sa.select(table).where(table.c.session == session_row, table.c.name == name)
+    row = conn.execute(query).one_or_none()
+    return None if row is None else checked(table, row)
+
+
+def branches(conn: sa.Connection, session_row: int) -> list[Branch]:
+    """The branches of a session, oldest first."""
+    query = sa.select(branch).where(branch.c.session == session_row).order_by(branch.c.id)
+    rows = [checked(branch, row) for row in conn.execute(query)]
+    return [Branch(row["id"], row["session"], row["name"], row["turn"]) for row in rows]
+
+
+def tags(conn: sa.Connection, session_row: int) -> dict[str, int]:
+    """The tags of a session and the turns they name."""
+    query = sa.select(tag).where(tag.c.session == session_row).order_by(tag.c.id)
+    return {row["name"]: row["turn"] for row in (checked(tag, row) for row in conn.execute(query))}
+
+
+def move_branch(conn: sa.Connection, row: int, expected: int | None, to: int | None) -> Branch:
+    """Move a branch from ``expected`` to another turn, if it is still there (inside a write transaction).
+
+    Raises:
+        RefConflict: another process moved it first.
+        RefNotFound: another process removed it.
+    """
+    found = conn.execute(sa.select(branch).where(branch.c.id == row)).one_or_none()
+    if found is None:
+        raise RefNotFound("branch", str(row))
+    old = checked(branch, found)
+    if old["turn"] != expected:
+        raise RefConflict(old["name"], *(short_id(conn, at) for at in (expected, old["turn"])))
+    now = now_us()
+    new = update(conn, branch, old, turn=to, updated=now)
+    parent = checked(session, conn.execute(sa.select(session).where(session.c.id == new["session"])).one())
+    update(conn, session, parent, updated=now)
+    return Branch(row, new["session"], new["name"], to)
+
+
+def remove_branch(conn: sa.Connection, row: int) -> None:
+    """Take a branch away; its turns stay in the tree."""
+    conn.execute(branch.delete().where(branch.c.id == row))
+
+
+def resolve(conn: sa.Connection, ref: Ref) -> Point:
+    """What a ref points at: a branch before a tag before a turn id.
+
+    Raises:
+        RefNotFound: with the nearest names.
+    """
+    owner = get_session(conn, ref.session)
+    name = ref.point or MAIN
+    found = _named(conn, branch, owner.row, name)
+    if found is not None:
+        moving = Branch(found["id"], owner.row, name, found["turn"])
+        if ref.back == 0:
+            return Point(owner, moving.turn, moving)
+        return Point(owner, _back(conn, ref, moving.turn), None)
+    tagged = _named(conn, tag, owner.row, name)
+    at = tagged["turn"] if tagged else _by_id(conn, owner.row, name)
+    if at is None:
+        known = [b.name for b in branches(conn, owner.row)] + list(tags(conn, owner.row))
+        raise RefNotFound(f"branch, tag or turn of session {owner.name!r}", name, nearest(name, known) or known[:3])
+    return Point(owner, _back(conn, ref, at), None)
+
+
+def _back(conn: sa.Connection, ref: Ref, at: int | None) -> int | None:
+    path = [each.row for each in turns.path_to(conn, at)]
+    if ref.back > len(path):
+        raise RefNotFound("turn", str(ref), [f"{ref.session} has {len(path)} turns there"])
+    return path[-1 - ref.back] if ref.back < len(path) else None
+
+
+def _by_id(conn: sa.Connection, session_row: int, prefix: str) -> int | None:
+    """The turn whose id begins so. Raises InvalidName where several do."""
+    text = prefix.lower()
+    if not SHORTEST_ID <= len(text) <= 32 or set(text) - set("0123456789abcdef"):
+        return None
+    low, high = bytes.fromhex(text.ljust(32, "0")), bytes.fromhex(text.ljust(32, "f"))
+    query = sa.select(turn).where(turn.c.public_id >= low, turn.c.public_id <= high, turn.c.session == session_row)
+    rows = [checked(turn, row) for row in conn.execute(query)]
+    if len(rows) > 1:
+        raise InvalidName(
+            f"{prefix!r} begins the ids of {len(rows)} turns", hint="give more digits (kvloom log shows them)"
+        )
+    return rows[0]["id"] if rows else None
+
+
+def short_id(conn: sa.Connection, row: int | None) -> str | None:
+    """The shortest unique beginning of a turn's id, within its session."""
+    if row is None:
+        return None
+    owner: Turn = turns.get(conn, row)
+    return short_ids(conn, owner.session)[row]
+
+
+def short_ids(conn: sa.Connection, session_row: int) -> dict[int, str]:
+    """The shortest unique beginning of each turn id of a session, of at least SHORTEST_ID digits."""
+    query = sa.select(turn.c.id, turn.c.public_id).where(turn.c.session == session_row).order_by(turn.c.public_id)
+    rows = [(row, public.hex()) for row, public in conn.execute(query)]
+    short = {}
+    for i, (row, text) in enumerate(rows):
+        around = [rows[j][1] for j in (i - 1, i + 1) if 0 <= j < len(rows)]
+        shared = max((_shared(text, other) for other in around), default=0)
+        short[row] = text[: max(SHORTEST_ID, shared + 1)]
+    return short
+
+
+def _shared(a: str, b: str) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))

@@ -1,0 +1,261 @@
+"""Turns: messages that never change, each with one parent, and what a model made of them."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+import sqlalchemy as sa
+
+from kvloom_proto import limits
+from kvloom_proto.errors import LimitExceeded
+from kvloom_proto.records import Schedule, pack, read_schedule
+from kvloom_store.checksum import checked, insert, unpacked, update
+from kvloom_store.database import allocate, now_us
+from kvloom_store.errors import CorruptRow
+from kvloom_store.schema import turn, turn_state
+from kvloom_store.trie import Position, pack_tokens, unpack_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message. ``row`` is the store's own number; users see ``id``, 32 hex digits."""
+
+    row: int
+    id: str
+    session: int
+    parent: int | None
+    role: str
+    continues: bool
+    message: dict[str, Any]
+    finish_reason: str | None
+    settings: dict[str, Any]
+    timings: dict[str, Any]
+    digest: bytes
+    created: int
+
+    @property
+    def text(self) -> str:
+        """The message's text: derived from its content, which may be a list of parts."""
+        content = self.message.get("content")
+        if isinstance(content, list):
+            return "".join(part.get("text", "") for part in content if isinstance(part, dict))
+        return content if isinstance(content, str) else ""
+
+
+@dataclass(frozen=True, slots=True)
+class TurnState:
+    """What one model made of a turn.
+
+    ``tokens`` stand at positions [start, end) of the path that ends at ``position``. Their state was computed
+    by ``schedule`` over positions [state_start, state_end), on top of ``base_state``'s segment (of another turn), or
+    of ``base_segment``. state_end is end, or one less where the last token is pending. ``segment`` is None
+    until the state is stored. ``hidden`` is the final hidden state at state_end - 1, as raw little-endian bytes.
+    """
+
+    row: int
+    turn: int
+    root: int
+    start: int
+    end: int
+    tokens: list[int]
+    position: Position
+    state_start: int
+    state_end: int
+    base_state: int | None
+    base_segment: int | None
+    segment: int | None
+    schedule: Schedule
+    provenance: int
+    hidden: bytes | None
+    hidden_dtype: str | None
+    variant: bool
+
+
+def chained_digest(parent: bytes, message: Mapping[str, Any]) -> bytes:
+    """BLAKE2b-128 of the parent's digest (empty at the top) and the message as canonical MessagePack."""
+    return hashlib.blake2b(parent + msgpack.packb(_sorted(message)), digest_size=16).digest()
+
+
+def _sorted(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _sorted(value[key]) for key in sorted(value)}
+    return [_sorted(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def add_turn(
+    conn: sa.Connection,
+    session: int,
+    parent: Turn | None,
+    message: Mapping[str, Any],
+    *,
+    continues: bool = False,
+    finish_reason: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    timings: Mapping[str, Any] | None = None,
+) -> Turn:
+    """Add a turn below ``parent`` (inside a write transaction)."""
+    packed = msgpack.packb(dict(message))
+    if len(packed) > limits.MAX_TURN_BYTES:
+        raise LimitExceeded("message", len(packed), limits.MAX_TURN_BYTES)
+    values = {
+        "id": allocate(conn, turn),
+        "public_id": secrets.token_bytes(16),
+        "session": session,
+        "parent": parent.row if parent else None,
+        "role": message["role"],
+        "continues": int(continues),
+        "message": packed,
+        "finish_reason": finish_reason,
+        "settings": msgpack.packb(dict(settings or {})),
+        "timings": msgpack.packb(dict(timings or {})),
+        "digest": chained_digest(parent.digest if parent else b"", message),
+        "created": now_us(),
+    }
+    insert(conn, turn, values)
+    return _turn(values)
+
+
+def _turn(values: Mapping[str, Any]) -> Turn:
+    row = values["id"]
+    return Turn(
+        row,
+        values["public_id"].hex(),
+        values["session"],
+        values["parent"],
+        values["role"],
+        bool(values["continues"]),
+        unpacked(values["message"], "turn", row),
+        values["finish_reason"],
+        unpacked(values["settings"], "turn", row),
+        unpacked(values["timings"], "turn", row),
+        values["digest"],
+        values["created"],
+    )
+
+
+def get(conn: sa.Connection, row: int) -> Turn:
+    """One turn."""
+    found = conn.execute(sa.select(turn).where(turn.c.id == row)).one_or_none()
+    if found is None:
+        raise CorruptRow("turn", (row,))
+    return _turn(checked(turn, found))
+
+
+def of_session(conn: sa.Connection, session: int) -> list[Turn]:
+    """Every turn of a session, oldest first."""
+    query = sa.select(turn).where(turn.c.session == session).order_by(turn.c.id)
+    return [_turn(checked(turn, row)) for row in conn.execute(query)]
+
+
+def path_to(conn: sa.Connection, row: int | None) -> list[Turn]:
+    """The turns from the first one down to this one, in one query; nothing for None."""
+    if row is None:
+        return []
+    up = sa.select(turn.c.id, turn.c.parent).where(turn.c.id == row).cte("up", recursive=True)
+    up = up.union_all(sa.select(turn.c.id, turn.c.parent).where(turn.c.id == up.c.parent))
+    # A turn's parent was there before it, so ids grow along a path.
+    query = sa.select(turn).where(turn.c.id.in_(sa.select(up.c.id))).order_by(turn.c.id)
+    found = [_turn(checked(turn, values)) for values in conn.execute(query)]
+    parents = [None, *(each.row for each in found[:-1])]
+    if not found or found[-1].row != row or [each.parent for each in found] != parents:
+        raise CorruptRow("turn", (row,))
+    return found
+
+
+def add_state(
+    conn: sa.Connection,
+    turn_row: int,
+    root: int,
+    tokens: Sequence[int],
+    start: int,
+    position: Position,
+    *,
+    state_start: int,
+    state_end: int,
+    base_state: int | None,
+    base_segment: int | None,
+    segment: int | None = None,
+    schedule: Schedule,
+    provenance: int,
+    hidden: bytes | None,
+    hidden_dtype: str | None,
+    variant: bool = False,
+) -> TurnState:
+    """Note what a model made of a turn; ``segment`` comes later, with the state (``set_segment``)."""
+    values = {
+        "id": allocate(conn, turn_state),
+        "turn": turn_row,
+        "root": root,
+        "start": start,
+        "end": start + len(tokens),
+        "tokens": pack_tokens(tokens),
+        "node": position.node,
+        "offset": position.offset,
+        "state_start": state_start,
+        "state_end": state_end,
+        "base_state": base_state,
+        "base_segment": base_segment,
+        "segment": segment,
+        "schedule": pack(schedule),
+        "provenance": provenance,
+        "hidden": hidden,
+        "hidden_dtype": hidden_dtype,
+        "variant": int(variant),
+        "created": now_us(),
+    }
+    insert(conn, turn_state, values)
+    return _state(values)
+
+
+def _state(values: Mapping[str, Any]) -> TurnState:
+    return TurnState(
+        values["id"],
+        values["turn"],
+        values["root"],
+        values["start"],
+        values["end"],
+        unpack_tokens(values["tokens"]),
+        Position(values["node"], values["offset"], values["end"] - values["offset"]),
+        values["state_start"],
+        values["state_end"],
+        values["base_state"],
+        values["base_segment"],
+        values["segment"],
+        read_schedule(values["schedule"]),
+        values["provenance"],
+        values["hidden"],
+        values["hidden_dtype"],
+        bool(values["variant"]),
+    )
+
+
+def states_of(conn: sa.Connection, turn_rows: Sequence[int]) -> list[TurnState]:
+    """Every state of some turns, oldest first."""
+    query = sa.select(turn_state).where(turn_state.c.turn.in_(turn_rows)).order_by(turn_state.c.id)
+    return [_state(checked(turn_state, row)) for row in conn.execute(query)]
+
+
+def state(conn: sa.Connection, row: int) -> TurnState:
+    """One turn state."""
+    found = conn.execute(sa.select(turn_state).where(turn_state.c.id == row)).one_or_none()
+    if found is None:
+        raise CorruptRow("turn_state", (row,))
+    return _state(checked(turn_state, found))
+
+
+def best_state(states: Sequence[TurnState], root: int) -> TurnState | None:
+    """Of a turn's states, the one to go on from: held before not held, the first before its variants."""
+    mine = [each for each in states if each.root == root]
+    return min(mine, key=lambda s: (s.segment is None and s.state_end > s.state_start, s.variant, s.row), default=None)
+
+
+def set_segment(conn: sa.Connection, row: int, segment: int, base_segment: int | None) -> None:
+    """Link a turn's state to the segment that now holds it."""
+    found = conn.execute(sa.select(turn_state).where(turn_state.c.id == row)).one_or_none()
+    if found is not None:  # the session may have been removed meanwhile
+        update(conn, turn_state, checked(turn_state, found), segment=segment, base_segment=base_segment)

@@ -1,0 +1,125 @@
+"""Writing state behind the conversation: one thread, jobs in order, flushed at close.
+
+A turn has committed before its state is handed over, so all that a crash can cost is a replay. Rows stay where
+the forward pass put them: a job holds the memory they are in until it is done, and copies nothing before.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+
+import sqlalchemy as sa
+
+from kvloom_proto.errors import KVLoomError
+from kvloom_proto.records import LayerSpec, Schedule
+from kvloom_store import segments, turns
+from kvloom_store.database import Database
+from kvloom_store.rows import RowSource
+
+MAX_JOBS = 256
+"""Jobs waiting before whoever hands over another one has to wait."""
+
+
+@dataclass(slots=True, eq=False)
+class Handle:
+    """State that is stored (``segment`` is its row) or about to be. ``state`` is the turn_state it belongs to."""
+
+    segment: int | None = None
+    state: int | None = None
+    error: KVLoomError | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """Rows [start, end) of ``source``, on top of ``base``."""
+
+    handle: Handle
+    source: RowSource = field(repr=False)
+    node: int
+    start: int
+    end: int
+    base: Handle | None
+    layers: tuple[LayerSpec, ...]
+    schedule: Schedule
+    provenance: int
+
+
+class Writer:
+    """The one thread that stores state."""
+
+    def __init__(self, database: Database, *, codec_name: str) -> None:
+        self.database = database
+        self.codec_name = codec_name
+        self._jobs: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._busy = False
+        self._closing = False
+        self._error: KVLoomError | None = None
+        self._thread: threading.Thread | None = None
+
+    def submit(self, job: Job) -> None:
+        """Hand state over; returns at once unless MAX_JOBS are waiting."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._jobs) < MAX_JOBS)
+            self._jobs.append(job)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="kvloom-writer", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def flush(self) -> None:
+        """Wait until everything handed over is stored.
+
+        Raises:
+            KVLoomError: what went wrong with the first job that could not be stored since the last flush. The
+            turns themselves are safe; their state is computed again when it is needed.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: not self._jobs and not self._busy)
+            error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """Flush, and end the thread. Raises what ``flush`` raises."""
+        try:
+            self.flush()
+        finally:
+            with self._changed:
+                self._closing = True
+                self._changed.notify_all()
+            if self._thread is not None:
+                self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: bool(self._jobs) or self._closing)
+                if not self._jobs:
+                    return
+                job = self._jobs.popleft()
+                self._busy = True
+            try:
+                self._store(job)
+            except KVLoomError as error:
+                job.handle.error = error
+                self._error = self._error or error
+            finally:
+                del job  # the rows it held may be freed now
+                with self._changed:
+                    self._busy = False
+                    self._changed.notify_all()
+
+    def _store(self, job: Job) -> None:
+        if job.base is not None and job.base.segment is None:
+            raise job.base.error or KVLoomError("state cannot be stored without the state it stands on")
+        base = job.base.segment if job.base else None
+        draft = segments.Draft(job.node, job.start, job.end, base, job.layers, job.schedule, job.provenance)
+
+        def finish(conn: sa.Connection, segment: int) -> None:
+            if job.handle.state is not None:
+                turns.set_segment(conn, job.handle.state, segment, base)
+
+        job.handle.segment = segments.write(self.database, job.source, draft, codec_name=self.codec_name, finish=finish)
