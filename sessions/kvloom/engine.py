@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -176,7 +176,7 @@ class TransformersEngine:
         seen: Sequence[int],
         seed: int,
         cancel: threading.Event | None = None,
-    ) -> Iterator[int]:
+    ) -> Generator[int, None, None]:
         """Tokens one after another, for as long as the caller asks; the one yielded last is pending.
 
         ``seen`` are the ids so far, for the repetition penalty. The token at position p is drawn with
@@ -189,16 +189,31 @@ class TransformersEngine:
             yield token
             logits = self.run_pass(live, [token])
 
-    def replay(self, live: LiveState, ids: Sequence[int], schedule: Schedule, recorded: Provenance) -> None:
+    def replay(
+        self,
+        live: LiveState,
+        ids: Sequence[int],
+        schedule: Schedule,
+        recorded: Provenance,
+        *,
+        cancel: threading.Event | None = None,
+        progress: Progress | None = None,
+    ) -> None:
         """Run recorded passes again, exactly: with the recorded thread count, which is put back afterwards.
 
         ``ids`` are the tokens of the whole path.
 
         Raises:
             EngineError: the schedule does not go on where ``live`` ends.
+            Cancelled: between two passes.
         """
+        first = live.length
         with _threads(recorded.threads):
             for start, end in schedule.each():
+                if cancel is not None and cancel.is_set():
+                    raise Cancelled
+                if progress is not None:
+                    progress(start - first, len(ids) - first)
                 if start != live.length:
                     raise EngineError("the recorded passes do not follow what is held")
                 self.run_pass(live, ids[start:end])

@@ -1,13 +1,13 @@
 """Every error a user of kvloom can meet, in one tree.
 
-    KVLoomError                 catch-all: .hint says what to do next, .exit_code is the command line's
-      FormatError      10       bytes: Truncated, LimitExceeded, UnsupportedVersion, UnknownCodec,
-                                ChecksumMismatch
-      StoreError       20       database: NotAStore, StoreUnavailable, StoreLocked, SchemaTooNew,
-                                CorruptRow, RefNotFound, RefExists, RefConflict, InvalidName
-      EngineError      30       model: ModelNotFound, ModelMismatch, UnsupportedModel, UnsupportedInput,
-                                ContextOverflow
-      SessionError     40       use: InvalidText, NothingToDo, ReuseRequired, Closed
+KVLoomError                 catch-all: .hint says what to do next, .exit_code is the command line's
+  FormatError      10       bytes: Truncated, LimitExceeded, UnsupportedVersion, UnknownCodec,
+                            ChecksumMismatch
+  StoreError       20       database: NotAStore, StoreUnavailable, StoreLocked, SchemaTooNew,
+                            CorruptRow, RefNotFound, RefExists, RefConflict, InvalidName
+  EngineError      30       model: ModelNotFound, ModelMismatch, UnsupportedModel, UnsupportedInput,
+                            ContextOverflow
+  SessionError     40       use: InvalidText, NothingToDo, ReuseRequired, Closed
 """
 
 from __future__ import annotations

@@ -77,7 +77,9 @@ def identity_of(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase | Non
     folder says of it counts only through ``loaded_from``, and only while the tensors are untouched.
 
     Adapters are read at every call. The base weights' digest is remembered for as long as no tensor was
-    replaced or edited (see ``_fingerprint``).
+    replaced or edited (see ``_fingerprint``). Measured
+    with SmolLM2 in float32: the weights 25 to 70 ms (once; nothing with a memo), the tokenizer 20 to 50
+    (a caller may take its digest once), everything else 10 to 15 at every call.
 
     Raises UnsupportedModel for tensors that hold no data here (offloaded to disk, meta device).
     """

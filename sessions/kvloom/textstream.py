@@ -38,7 +38,8 @@ class TextStream:
     - A suffix that could be the beginning of a stop string.
 
     Decoding is incremental: only the tokens whose text is held back are decoded, after one more as
-    context, since decoders treat the first token they see differently (its leading space). Not safe to use from several threads at once.
+    context, since decoders treat the first token they see differently (its leading space). Not safe to
+    use from several threads at once.
     """
 
     def __init__(

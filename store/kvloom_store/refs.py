@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -120,6 +121,12 @@ def add_branch(conn: sa.Connection, session_row: int, name: str, at: int | None)
     }
     insert(conn, branch, values)
     return Branch(values["id"], session_row, name, at)
+
+
+def free_name(conn: sa.Connection, session_row: int, name: str) -> str:
+    """``name-2``, ``name-3`` ...: the first that is neither a branch nor a tag."""
+    taken = {b.name for b in branches(conn, session_row)} | set(tags(conn, session_row))
+    return next(f"{name}-{n}" for n in itertools.count(2) if f"{name}-{n}" not in taken)
 
 
 def add_tag(conn: sa.Connection, session_row: int, name: str, at: int) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import sqlalchemy as sa
 
 from kvloom_proto import limits
+from kvloom_proto.errors import FormatError
 from kvloom_proto.records import (
     ITEM_BYTES,
     ChunkSpec,
@@ -26,11 +27,13 @@ from kvloom_proto.records import (
     Schedule,
     expand,
     pack,
+    read_manifest,
     read_provenance,
 )
 from kvloom_store import checksum, codec
 from kvloom_store.checksum import checked, digest, insert, update
 from kvloom_store.database import Database, allocate, now_us
+from kvloom_store.errors import CorruptRow
 from kvloom_store.rows import RowSource
 from kvloom_store.schema import chunk, provenance, segment
 
@@ -255,3 +258,34 @@ def sweep(conn: sa.Connection) -> None:
     ids = list(conn.execute(stale).scalars())
     if ids:
         delete(conn, ids)
+
+
+def heal(database: Database, source: RowSource, segment_id: int) -> bool:
+    """Put recomputed rows in place of damaged chunks, if they are the very bits that were stored.
+
+    True if the segment is whole again. False if its manifest is damaged too, or the rows came out with other
+    bits (another processor or build): the segment is then marked incomplete, and nobody reads it any more.
+    """
+    with database.write() as conn:
+        row = conn.execute(sa.select(segment).where(segment.c.id == segment_id)).one()
+        try:
+            values = checked(segment, row)
+            manifest = read_manifest(values["manifest"])
+        except (CorruptRow, FormatError):
+            conn.execute(segment.update().where(segment.c.id == segment_id).values(complete=0))
+            return False
+        layers = expand(manifest.layers)
+        for spec in manifest.chunks:
+            raw = gather(source, layers, spec)
+            if digest(raw) != spec.raw_digest:
+                update(conn, segment, values, complete=0)
+                return False
+            _, stored = codec.encode(raw, _item_bytes(layers, spec), spec.codec)
+            if digest(stored) != spec.stored_digest:  # another version of the compressor packs otherwise
+                update(conn, segment, values, complete=0)
+                return False
+            row_now = chunk_row(segment_id, spec, stored)
+            key = [c == row_now[c.name] for c in chunk.primary_key.columns]
+            conn.execute(chunk.delete().where(*key))
+            conn.execute(chunk.insert(), row_now)
+    return True

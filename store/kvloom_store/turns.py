@@ -240,6 +240,23 @@ def states_of(conn: sa.Connection, turn_rows: Sequence[int]) -> list[TurnState]:
     return [_state(checked(turn_state, row)) for row in conn.execute(query)]
 
 
+def token_counts(conn: sa.Connection, session: int) -> list[tuple[int, int, int]]:
+    """(turn, start, end) of each turn state of a session, oldest first, without reading their tokens."""
+    query = (
+        sa.select(turn_state.c.turn, turn_state.c.start, turn_state.c.end)
+        .join(turn, turn.c.id == turn_state.c.turn)
+        .where(turn.c.session == session)
+        .order_by(turn_state.c.id)
+    )
+    return [(row, start, end) for row, start, end in conn.execute(query)]
+
+
+def states_with_segments(conn: sa.Connection, segments: Sequence[int]) -> list[TurnState]:
+    """The states that some segments hold."""
+    query = sa.select(turn_state).where(turn_state.c.segment.in_(segments)).order_by(turn_state.c.id.desc())
+    return [_state(checked(turn_state, row)) for row in conn.execute(query)]
+
+
 def state(conn: sa.Connection, row: int) -> TurnState:
     """One turn state."""
     found = conn.execute(sa.select(turn_state).where(turn_state.c.id == row)).one_or_none()

@@ -324,7 +324,9 @@ def test_a_gguf_file_that_lacks_a_weight_is_refused_and_not_filled_with_noise(tm
 
 
 def test_a_loaded_model_is_ready_to_run(tmp_path, capfd):
-    loaded = load(resolve(str(write_folder(tmp_path / "model"))), dtype="bfloat16")
+    folder = write_folder(tmp_path / "model")
+    capfd.readouterr()
+    loaded = load(resolve(str(folder)), dtype="bfloat16")
 
     assert not loaded.model.training
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
@@ -420,6 +422,7 @@ def code_of_its_own(folder):
 def test_a_folder_that_cannot_be_loaded_is_an_error_with_a_hint(tmp_path, damage, capfd):
     folder = write_folder(tmp_path / "model")
     damage(folder)
+    capfd.readouterr()
 
     with pytest.raises(EngineError) as caught:
         load(resolve(str(folder)))

@@ -1,0 +1,73 @@
+"""kvloom keeps LLM conversations as trees, every branch of which resumes exactly, without recomputing its prefix.
+
+    import kvloom
+
+    with kvloom.open("talks.db", model="smollm2") as loom:
+        main = loom.session("trip", system="You are brief.").branch()
+        print(main.say("Name a city in Italy.").text)
+        other = main.fork("other", back=2)
+
+Everything a user may rely on is reachable from here, and imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from kvloom._version import __version__
+
+if TYPE_CHECKING:
+    from kvloom.engine import TransformersEngine
+    from kvloom.errors import KVLoomError
+    from kvloom.loom import KVLoom, load_engine, open
+    from kvloom.report import Reply, Seconds, Tokens
+    from kvloom.sampling import SamplingSettings
+    from kvloom.session import Branch, Session, TreeTurn
+    from kvloom.template import ChatTemplate
+
+__all__ = [
+    "Branch",
+    "ChatTemplate",
+    "KVLoom",
+    "KVLoomError",
+    "Reply",
+    "SamplingSettings",
+    "Seconds",
+    "Session",
+    "Tokens",
+    "TransformersEngine",
+    "TreeTurn",
+    "__version__",
+    "errors",
+    "load_engine",
+    "open",
+]
+
+_HOME = {
+    "Branch": "session",
+    "ChatTemplate": "template",
+    "KVLoom": "loom",
+    "KVLoomError": "errors",
+    "Reply": "report",
+    "SamplingSettings": "sampling",
+    "Seconds": "report",
+    "Session": "session",
+    "Tokens": "report",
+    "TransformersEngine": "engine",
+    "TreeTurn": "session",
+    "load_engine": "loom",
+    "open": "loom",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return importlib.import_module("kvloom.errors")
+    if name not in _HOME:
+        raise AttributeError(f"module 'kvloom' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"kvloom.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

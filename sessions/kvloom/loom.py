@@ -1,0 +1,194 @@
+"""An open store with a model: where conversations are made and found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from kvloom.errors import Closed, EngineError, RefExists
+from kvloom.session import Session
+from kvloom_store import names, refs, removal, roots, segments, turns
+from kvloom_store.database import Database, default_path
+from kvloom_store.writer import Writer
+
+if TYPE_CHECKING:
+    from kvloom.engine import TransformersEngine
+    from kvloom.models import Progress
+    from kvloom.resume import Resumer
+
+DEFAULT_CODEC = "raw"
+
+
+class KVLoom:
+    """An open store. Use it in a ``with`` block: closing it waits until all state is stored.
+
+    The model is loaded when it is first needed, so listing and reading cost nothing.
+    """
+
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        *,
+        model: str | TransformersEngine | None = None,
+        dtype: str = "auto",
+        device: str = "cpu",
+        codec: str = DEFAULT_CODEC,
+        must_exist: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        """Open the store at ``path`` (default: ``KVLOOM_STORE``, else the platform's data folder).
+
+        ``model`` is an alias, a folder, a .gguf file or a hub name, or an engine that holds a model already.
+        ``codec`` is how new state is stored: raw, planes-lz4, or auto (planes-lz4 where it helps).
+
+        Raises:
+            NotAStore, SchemaTooNew, StoreUnavailable, StoreLocked
+        """
+        self.database = Database(Path(path) if path is not None else default_path(), must_exist=must_exist)
+        self.writer = Writer(self.database, codec_name=codec)
+        self._model = model
+        self._dtype = dtype
+        self._device = device
+        self._progress = progress
+        self._closed = False
+
+    @cached_property
+    def engine(self) -> TransformersEngine:
+        """The model, loaded now if it was not before. Raises EngineError and its kinds."""
+        if self._closed:
+            raise Closed("this store is closed")
+        if self._model is None:
+            raise EngineError("no model was given", hint='open the store with one: kvloom.open(model="smollm2")')
+        if not isinstance(self._model, str):
+            return self._model
+        return load_engine(self._model, dtype=self._dtype, device=self._device, progress=self._progress)
+
+    @cached_property
+    def root(self) -> int:
+        """The row of this model's trie."""
+        identity = self.engine.identity()
+        with self.database.write() as conn:
+            segments.sweep(conn)
+            model = roots.add_model(conn, identity.digest, self.engine.name, identity.fields)
+            roots.link_digest(conn, "tokenizer", bytes.fromhex(identity.tokenizer), model)
+            return roots.root_for(conn, model)
+
+    @cached_property
+    def resumer(self) -> Resumer:
+        """What brings state back."""
+        from kvloom.resume import Resumer
+
+        return Resumer(self.engine, self.database, self.writer, self.root)
+
+    def session(
+        self,
+        name: str,
+        *,
+        system: str | None = None,
+        chat_template: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> Session:
+        """The session of that name, made if there is none (which needs the model).
+
+        ``system`` is the system prompt of a new session; template, its options and its clock are fixed then.
+
+        Raises:
+            RefExists: the session is there and has another system prompt.
+        """
+        with self.database.read() as conn:
+            found = refs.find_session(conn, name)
+        if found is None:
+            return self._create(name, system, chat_template, template_options)
+        session = Session(self, found)
+        if system is not None:
+            first = next(iter(session.tree()), None)
+            if first is None or first.role != "system" or first.text != system:
+                raise RefExists("session with another system prompt", name)
+        return session
+
+    def find(self, name: str) -> Session:
+        """The session of that name. Raises RefNotFound with the nearest names."""
+        with self.database.read() as conn:
+            return Session(self, refs.get_session(conn, name))
+
+    def sessions(self) -> list[Session]:
+        """Every session, the one used last first."""
+        with self.database.read() as conn:
+            return [Session(self, row) for row in refs.sessions(conn)]
+
+    def remove(self, name: str) -> None:
+        """Take a session away, with the state that no other one shares. Raises RefNotFound."""
+        self.writer.flush()
+        with self.database.write() as conn:
+            removal.remove_session(conn, refs.get_session(conn, name).row)
+
+    def _create(self, name: str, system: str | None, source: str | None, options: Mapping[str, Any] | None) -> Session:
+        from kvloom.session import check_unicode
+        from kvloom.template import ChatTemplate
+
+        names.check_name("session", name)
+        check_unicode(system or "")
+        identity = self.engine.identity()
+        template = ChatTemplate.of(self.engine.tokenizer, source=source, options=options)
+        settings = {
+            "model": self.engine.name,
+            "model_digest": identity.digest.hex(),
+            "model_fields": dict(identity.fields),
+            "tokenizer": identity.tokenizer,
+            "dtype": self.engine.hidden_dtype,
+            "chat_template": template.source,
+            "template_digest": template.digest,
+            "template_options": dict(template.options),
+            "clock": template.clock,
+        }
+        with self.database.write() as conn:
+            row = refs.create_session(conn, name, settings)
+            if system:
+                turn = turns.add_turn(conn, row.row, None, {"role": "system", "content": system})
+                main = refs.branches(conn, row.row)[0]
+                refs.move_branch(conn, main.row, None, turn.row)
+        return Session(self, row)
+
+    def flush(self) -> None:
+        """Wait until all state is stored. Raises StoreError if some could not be; the turns are safe."""
+        self.writer.flush()
+
+    def close(self) -> None:
+        """Store what is waiting and close the file. Raises what ``flush`` raises."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.writer.close()
+            self.database.checkpoint()
+        finally:
+            self.database.close()
+
+    def __enter__(self) -> KVLoom:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def load_engine(
+    name: str, *, dtype: str = "auto", device: str = "cpu", progress: Progress | None = None
+) -> TransformersEngine:
+    """Find a model by alias, folder, .gguf file or hub name, and load it. Raises EngineError and its kinds."""
+    from kvloom import models
+
+    source = models.resolve(name)
+    loaded = models.load(source, dtype=dtype, device=device, progress=progress)  # type: ignore[arg-type]
+    from kvloom.engine import TransformersEngine
+
+    return TransformersEngine(loaded.model, loaded.tokenizer, name=source.name)
+
+
+def open(path: str | Path | None = None, **options: Any) -> KVLoom:
+    """Open a store; see ``KVLoom``."""
+    return KVLoom(path, **options)

@@ -1,0 +1,54 @@
+"""What a run tells afterwards: contract 4, always told."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Where the tokens of a run came from.
+
+    ``reused``: their state was loaded (or was in memory). ``replayed``: their recorded passes were run again.
+    ``computed``: they were run for the first time here. ``generated``: they were sampled; the last one is still
+    pending, and counts as computed in the run that takes it up.
+    """
+
+    reused: int = 0
+    replayed: int = 0
+    computed: int = 0
+    generated: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """How long it took, from the call on: bringing state back, the first token (None without one), all of it."""
+
+    restore: float
+    first_token: float | None
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One finished run. ``turn`` is the id of the reply, or of the user's turn where nothing was generated.
+
+    ``finish_reason``: "stop" (end of turn or a stop string), "length" (a limit was reached), "interrupted".
+    """
+
+    session: str
+    branch: str
+    turn: str
+    text: str
+    finish_reason: str
+    tokens: Tokens
+    seconds: Seconds
+    tokens_per_second: float | None
+    model: str
+    seed: int | None = None
+    notices: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The object ``--json`` prints."""
+        return asdict(self)

@@ -1,0 +1,293 @@
+"""One run of the model on a branch: bring state back, run the new tokens, generate, commit.
+
+Turns commit at once, each with its schedule; their state is handed to the writer afterwards. The user's turn
+commits when its tokens have been run, the reply when it has ended, however it ended.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvloom.engine import Cancelled, Progress, grid_passes, schedule_of
+from kvloom.report import Reply, Seconds, Tokens
+from kvloom.resume import Account, hidden_bytes
+from kvloom.sampling import SamplingSettings, fresh_seed
+from kvloom.textstream import TextStream
+from kvloom_store import refs, segments, trie, turns
+from kvloom_store.errors import RefConflict
+from kvloom_store.refs import Branch as BranchRow
+from kvloom_store.turns import Turn, TurnState
+
+if TYPE_CHECKING:
+    from kvloom.live import LiveState
+    from kvloom.loom import KVLoom
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How to run, apart from how to sample."""
+
+    reuse: bool = True
+    require_reuse: bool = False
+    cancel: threading.Event | None = None
+    progress: Progress | None = None
+
+
+class Run:
+    """Iterate over it for the pieces of text; afterwards ``reply`` says how it went. It runs once.
+
+    ``parent`` is the turn to go on from and ``tip`` its state; ``ids`` are the tokens of the whole path, of which
+    ``kept`` are the parent's own. ``message`` is the new turn to add before the reply, None to add only the reply.
+    """
+
+    def __init__(
+        self,
+        loom: KVLoom,
+        branch: BranchRow,
+        session_name: str,
+        parent: Turn | None,
+        tip: TurnState | None,
+        ids: Sequence[int],
+        kept: int,
+        message: Mapping[str, Any] | None,
+        settings: SamplingSettings,
+        options: RunOptions,
+        *,
+        continues: bool = False,
+    ) -> None:
+        self._loom = loom
+        self._engine = loom.engine
+        self._branch = branch
+        self._session_name = session_name
+        self._parent = parent
+        self._tip = tip
+        self._ids = list(ids)
+        self._kept = kept
+        self._message = message
+        self._settings = settings
+        self._options = options
+        self._continues = continues
+        self._seed = settings.seed if settings.seed is not None else fresh_seed() if settings.temperature else 0
+        self._reply: Reply | None = None
+        self._computed = 0
+        self._notices: list[str] = []
+
+    @property
+    def reply(self) -> Reply:
+        """How the run went; runs it first if that was not done."""
+        if self._reply is None:
+            for _ in self:
+                continue
+        assert self._reply is not None
+        return self._reply
+
+    def __iter__(self) -> Iterator[str]:
+        with self._engine.lock:
+            try:
+                yield from self._run()
+            finally:
+                if not self._options.reuse:
+                    self._loom.resumer.forget()
+
+    def _run(self) -> Iterator[str]:
+        began = time.perf_counter()
+        live, account = self._bring_back()
+        self._notices += account.notices
+        passes: list[tuple[int, int]] = []
+        logits, interrupted = None, None
+        try:
+            if live.length < len(self._ids):
+                logits = self._prefill(live, passes)
+            elif live.hidden is not None:
+                logits = self._engine.logits_of(live.hidden)
+        except (Cancelled, KeyboardInterrupt) as error:
+            interrupted = error if isinstance(error, KeyboardInterrupt) else None
+        turn, state = self._parent, self._tip
+        if self._message is not None:
+            turn, state = self._commit(live, turn, state, self._message, self._ids, self._kept, passes, {})
+            passes = []
+        if interrupted is not None:
+            raise interrupted
+        pieces, tokens, stream, first, last = [], list[int](), self._stream(), None, 0.0
+        reason = "interrupted"
+        if logits is not None:
+            budget = min(self._settings.max_tokens, self._engine.context_limit - len(self._ids))
+            started = live.length
+            source = self._engine.generate(
+                live, logits, self._settings, seen=self._ids, seed=self._seed, cancel=self._options.cancel
+            )
+            try:
+                for token in source:
+                    last = time.perf_counter()
+                    first = first or last
+                    tokens.append(token)
+                    piece = stream.push(token)
+                    if piece:
+                        pieces.append(piece)
+                        yield piece
+                    if token in self._engine.eos_ids or stream.stopped is not None:
+                        reason = "stop"
+                        break
+                    if len(tokens) >= budget:
+                        reason = "length"
+                        break
+            finally:
+                # However the run ended (the caller may have stopped iterating), what was generated is kept.
+                source.close()
+                rest = stream.finish()
+                pieces.append(rest)
+                passes += [(at, at + 1) for at in range(started, live.length)]
+                total = time.perf_counter() - began
+                if tokens:
+                    message = {"role": "assistant", "content": "".join(pieces)}
+                    timings = {"first_token": (first or last) - began, "total": total, "restore": account.seconds}
+                    turn, state = self._commit(
+                        live,
+                        turn,
+                        state,
+                        message,
+                        self._ids + tokens,
+                        len(self._ids),
+                        passes,
+                        timings,
+                        reason,
+                        stream.reopened,
+                    )
+                self._finish(turn, "".join(pieces), reason, account, tokens, began, first, last)
+            if rest:
+                yield rest
+            return
+        self._finish(turn, "", reason, account, tokens, began, first, last)
+
+    def _bring_back(self) -> tuple[LiveState, Account]:
+        resumer = self._loom.resumer
+        room = self._settings.max_tokens
+        if not self._options.reuse:
+            return resumer.start_anew(len(self._ids) + room), Account()
+        # Where the template rewrote history, the parent's state is not a beginning of this path any more.
+        tip = self._tip if self._tip is None or self._kept >= self._tip.state_end else None
+        return resumer.resume(
+            self._ids,
+            tip,
+            room=room,
+            require_reuse=self._options.require_reuse,
+            cancel=self._options.cancel,
+            progress=self._options.progress,
+        )
+
+    def _prefill(self, live: LiveState, passes: list[tuple[int, int]]) -> Any:
+        """Run the tokens that are not held; ``passes`` are those that ran, also if it was cancelled."""
+        start = live.length
+        try:
+            return self._engine.prefill(
+                live, self._ids[start:], cancel=self._options.cancel, progress=self._options.progress
+            )
+        finally:
+            passes += [p for p in grid_passes(start, len(self._ids)) if p[1] <= live.length]
+            self._computed = live.length - start
+
+    def _stream(self) -> TextStream:
+        before = self._ids[-64:] if self._continues else ()
+        return TextStream(
+            self._loom.engine.tokenizer, stop=self._settings.stop, skip_ids=self._engine.eos_ids, before=before
+        )
+
+    def _commit(
+        self,
+        live: LiveState,
+        parent: Turn | None,
+        tip: TurnState | None,
+        message: Mapping[str, Any],
+        ids: Sequence[int],
+        start: int,
+        passes: Sequence[tuple[int, int]],
+        timings: Mapping[str, Any],
+        reason: str | None = None,
+        reopened: str = "",
+    ) -> tuple[Turn, TurnState]:
+        """Add a turn whose tokens are ids[start:], move the branch to it, and hand its state to the writer."""
+        loom, root = self._loom, self._loom.root
+        base = live.chain[-1].handle if live.chain else None
+        schedule = schedule_of(passes)
+        hidden = live.hidden
+        replied = reason is not None
+        with loom.database.write() as conn:
+            known = tip.position if tip is not None and start >= tip.end else None
+            position = trie.extend(conn, root, ids, start_at=known)
+            provenance = segments.add_provenance(conn, self._engine.provenance())
+            turn = turns.add_turn(
+                conn,
+                self._branch.session,
+                parent,
+                message,
+                continues=replied and self._continues,
+                finish_reason=reason,
+                settings={**self._settings.to_plain(), "seed": self._seed, "reopened": reopened} if replied else {},
+                timings=timings,
+            )
+            state = turns.add_state(
+                conn,
+                turn.row,
+                root,
+                ids[start:],
+                start,
+                position,
+                state_start=live.captured,
+                state_end=live.length,
+                base_state=base.state if base else None,
+                base_segment=base.segment if base else None,
+                schedule=schedule,
+                provenance=provenance,
+                hidden=hidden_bytes(hidden) if hidden is not None else None,
+                hidden_dtype=self._engine.hidden_dtype if hidden is not None else None,
+                variant=not self._options.reuse,
+            )
+            self._move_branch(conn, turn)
+        if self._options.reuse:
+            at = trie.Position(position.node, position.offset, position.start)
+            loom.resumer.capture(live, at, schedule, provenance, state.row)
+        else:
+            loom.resumer.leave(live, state.row)
+        return turn, state
+
+    def _move_branch(self, conn: Any, turn: Turn) -> None:
+        """Move the branch on; if another process moved it first, the turn is kept on a branch of its own."""
+        try:
+            self._branch = refs.move_branch(conn, self._branch.row, self._branch.turn, turn.row)
+        except RefConflict as conflict:
+            self._branch = refs.add_branch(
+                conn, self._branch.session, refs.free_name(conn, self._branch.session, conflict.name), turn.row
+            )
+            self._notices.append(
+                f"branch {conflict.name!r} moved meanwhile; this turn is kept on branch {self._branch.name!r}"
+            )
+
+    def _finish(
+        self,
+        turn: Turn | None,
+        text: str,
+        reason: str,
+        account: Account,
+        tokens: Sequence[int],
+        began: float,
+        first: float | None,
+        last: float,
+    ) -> None:
+        rate = (len(tokens) - 1) / (last - first) if first is not None and len(tokens) > 1 and last > first else None
+        self._reply = Reply(
+            session=self._session_name,
+            branch=self._branch.name,
+            turn=turn.id if turn else "",
+            text=text,
+            finish_reason=reason,
+            tokens=Tokens(account.reused, account.replayed, self._computed, len(tokens)),
+            seconds=Seconds(account.seconds, first - began if first else None, time.perf_counter() - began),
+            tokens_per_second=rate,
+            model=self._engine.name,
+            seed=self._seed,
+            notices=tuple(self._notices),
+        )
