@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,12 +65,20 @@ class TransformersEngine:
         self._takes_logits_to_keep = support.takes(model, "logits_to_keep")
         self._base: Any = getattr(model, model.base_model_prefix)
         self._last_hidden: torch.Tensor | None = None
+        self._output_class: Any = BaseModelOutputWithPast  # the decoder's own, once it has run
         self._base.register_forward_hook(self._keep_hidden)
         self.layers: tuple[LayerSpec, ...] = self._probe()
+        # The tokenizer's digest costs 30 ms; it is made again only if tokens were added to it.
+        self._tokenizer_length = len(tokenizer)
+        self._named = identity_of(model, tokenizer)
 
     def identity(self) -> ModelIdentity:
         """What defines the function, now: adapters may have been switched since the last call."""
-        return identity_of(self.model, self.tokenizer)
+        if len(self.tokenizer) != self._tokenizer_length:
+            self._named = identity_of(self.model, self.tokenizer)
+            self._tokenizer_length = len(self.tokenizer)
+        now = identity_of(self.model)
+        return replace(now, tokenizer=self._named.tokenizer, chat_template=self._named.chat_template)
 
     def provenance(self) -> Provenance:
         """What changes only the rounding, now."""
@@ -130,7 +139,7 @@ class TransformersEngine:
         that whatever a model does behind its decoder (scaling, soft-capping) is done here too.
         """
         decoder = self._base.forward
-        self._base.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden)
+        self._base.forward = lambda *_, **__: self._output_class(last_hidden_state=hidden)
         try:
             with torch.inference_mode():
                 output = self.model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=self.device))
@@ -222,6 +231,7 @@ class TransformersEngine:
         if not hasattr(output, "last_hidden_state"):
             raise UnsupportedModel(type(self.model).__name__, "its decoder does not return a last hidden state")
         self._last_hidden = output.last_hidden_state[:, -1:]
+        self._output_class = type(output)
 
     def _probe(self) -> tuple[LayerSpec, ...]:
         """Run one token through the model's own kind of cache, and see what is in it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +15,8 @@ from kvloom_store.database import Database, default_path
 from kvloom_store.writer import Writer
 
 if TYPE_CHECKING:
+    from transformers import DynamicCache
+
     from kvloom.engine import TransformersEngine
     from kvloom.models import Progress
     from kvloom.resume import Resumer
@@ -124,6 +126,18 @@ class KVLoom:
         self.writer.flush()
         with self.database.write() as conn:
             removal.remove_session(conn, refs.get_session(conn, name).row)
+
+    def lookup(self, ids: Sequence[int]) -> tuple[DynamicCache, int]:
+        """A transformers cache that holds the longest stored prefix of ``ids``, and its length; see ``kvloom.loop``."""
+        from kvloom import loop
+
+        return loop.lookup(self, ids)
+
+    def capture(self, ids: Sequence[int], cache: DynamicCache) -> int:
+        """Store the state a transformers cache holds for the first tokens of ``ids``; see ``kvloom.loop``."""
+        from kvloom import loop
+
+        return loop.capture(self, ids, cache)
 
     def _create(self, name: str, system: str | None, source: str | None, options: Mapping[str, Any] | None) -> Session:
         from kvloom.session import check_unicode

@@ -277,15 +277,10 @@ class Branch:
         return self.session.log(self.name)
 
     def session_template(self) -> ChatTemplate:
-        """The session's own chat template; checks that the model is the one the session belongs to.
-
-        Raises:
-            ModelMismatch: with the field that differs.
-        """
+        """The session's own chat template, with the options and the clock it began with."""
         from kvloom.template import ChatTemplate
 
         settings = self.session.settings
-        check_model(settings, self._loom)
         return ChatTemplate(settings["chat_template"], settings["template_options"], settings["clock"])
 
     def _path(self) -> tuple[list[Turn], dict[int, TurnState]]:

@@ -1,0 +1,114 @@
+"""What a store holds, in figures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+
+from kvloom_store import sqlite
+from kvloom_store.database import Database
+from kvloom_store.schema import branch, node, segment, session, turn, turn_state
+
+
+def stats(database: Database, session_row: int | None = None) -> dict[str, Any]:
+    """Counts and bytes of a store, or of one session.
+
+    ``tokens`` and ``state_logical`` count each token of each distinct path once: the latter is the uncompressed size
+    of the state that is held for them. ``state_stored`` is what it takes in the file, side-by-side variants
+    and compression included. ``state_if_snapshots`` is what one whole snapshot a reply would take, uncompressed.
+    ``file`` is always the whole file with its log.
+    """
+    with database.read() as conn:
+        mine = sa.true() if session_row is None else turn.c.session == session_row
+        states = sa.select(turn_state).join(turn, turn.c.id == turn_state.c.turn).where(mine).subquery()
+        segments = _segments(conn, None if session_row is None else states)
+        covered = _covered(conn, {row.node for row in segments}, segments)
+        per_token = {row.id: row.raw_bytes // (row.end - row.start) for row in segments}
+        widths = {row.node: per_token[row.id] for row in segments}
+        logical = sum((end - start) * width for (_, width), spans in covered.items() for start, end in spans)
+        replies = conn.execute(
+            sa.select(sa.func.coalesce(sa.func.sum(states.c.state_end), 0))
+            .select_from(states.join(turn, turn.c.id == states.c.turn))
+            .where(turn.c.role == "assistant")
+        ).scalar_one()
+        width = max(widths.values(), default=0)
+        return {
+            "sessions": _count(conn, session, sa.true() if session_row is None else session.c.id == session_row),
+            "branches": _count(conn, branch, sa.true() if session_row is None else branch.c.session == session_row),
+            "turns": _count(conn, turn, mine),
+            "tokens": _tokens(conn, None if session_row is None else states),
+            "segments": len(segments),
+            "bytes": {
+                "file": sqlite.file_bytes(database.path),
+                "state_stored": sum(row.stored_bytes for row in segments),
+                "state_logical": logical,
+                "state_if_snapshots": int(replies) * width,
+            },
+        }
+
+
+def _count(conn: sa.Connection, table: sa.Table, where: sa.ColumnElement[bool]) -> int:
+    return int(conn.execute(sa.select(sa.func.count()).select_from(table).where(where)).scalar_one())
+
+
+def _segments(conn: sa.Connection, states: sa.Subquery | None) -> list[sa.Row[Any]]:
+    """The complete segments, of one session those its turns stand on, without their manifests."""
+    c = segment.c
+    columns = (c.id, c.node, c.start, c.end, c.raw_bytes, c.stored_bytes)
+    if states is None:
+        return list(conn.execute(sa.select(*columns).where(c.complete == 1)))
+    up = sa.select(states.c.segment.label("id")).where(states.c.segment.is_not(None)).cte("up", recursive=True)
+    up = up.union(sa.select(c.base_segment).where(c.id == up.c.id, c.base_segment.is_not(None)))
+    return list(conn.execute(sa.select(*columns).where(c.id.in_(sa.select(up.c.id)), c.complete == 1)))
+
+
+def _nodes(conn: sa.Connection, start: sa.Select[Any]) -> dict[int, Any]:
+    """Nodes and all their ancestors, without their tokens."""
+    c = node.c
+    up = start.cte("up", recursive=True)
+    up = up.union(sa.select(c.parent).where(c.id == up.c.id, c.parent.is_not(None)))
+    query = sa.select(c.id, c.parent, c.parent_offset, c.start, c.length).where(c.id.in_(sa.select(up.c.id)))
+    return {row.id: row for row in conn.execute(query)}
+
+
+def _covered(
+    conn: sa.Connection, nodes: set[int], segments: list[sa.Row[Any]]
+) -> dict[tuple[int, int], list[tuple[int, int]]]:
+    """For each node, the spans of positions whose state is held, and the bytes of one position's state."""
+    found = _nodes(conn, sa.select(segment.c.node.label("id")).where(segment.c.complete == 1)) if nodes else {}
+    spans: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for row in segments:
+        at, end = row.node, row.end
+        width = row.raw_bytes // (row.end - row.start)
+        while end > row.start:  # a segment may span ancestors of its node
+            edge = found[at]
+            first = max(row.start, edge.start)
+            if end > first:
+                spans.setdefault((at, width), []).append((first, end))
+            at, end = edge.parent, min(end, edge.start)
+    return {key: _union(value) for key, value in spans.items()}
+
+
+def _union(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _tokens(conn: sa.Connection, states: sa.Subquery | None) -> int:
+    """Distinct tokens: of the whole store every edge of its tries, of a session the edges on its paths."""
+    if states is None:
+        return int(conn.execute(sa.select(sa.func.coalesce(sa.func.sum(node.c.length), 0))).scalar_one())
+    found = _nodes(conn, sa.select(states.c.node.label("id")))
+    taken: dict[int, int] = {}
+    for row in conn.execute(sa.select(states.c.node, sa.func.max(states.c.offset)).group_by(states.c.node)):
+        taken[row[0]] = row[1]
+    for edge in found.values():
+        if edge.parent is not None:
+            taken[edge.parent] = max(taken.get(edge.parent, 0), edge.parent_offset)
+    return sum(taken.values())
