@@ -59,9 +59,9 @@ class CorruptRow(StoreError):
 class RefNotFound(StoreError):
     """A session, branch, tag or turn that is not there. ``nearest`` lists names that are close."""
 
-    def __init__(self, what: str, name: str, nearest: Sequence[str] = ()) -> None:
+    def __init__(self, what: str, name: str, nearest: Sequence[str] = (), *, session: str = "") -> None:
         hint = f"did you mean {', '.join(nearest)}?" if nearest else "kvloom ls lists the sessions"
-        super().__init__(f"no {what} {name!r}", hint=hint)
+        super().__init__(f"no {what} {name!r}{f' in session {session!r}' if session else ''}", hint=hint)
         self.what = what
         self.name = name
         self.nearest = tuple(nearest)

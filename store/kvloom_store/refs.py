@@ -200,7 +200,7 @@ def resolve(conn: sa.Connection, ref: Ref) -> Point:
     at = tagged["turn"] if tagged else _by_id(conn, owner.row, name)
     if at is None:
         known = [b.name for b in branches(conn, owner.row)] + list(tags(conn, owner.row))
-        raise RefNotFound(f"branch, tag or turn of session {owner.name!r}", name, nearest(name, known) or known[:3])
+        raise RefNotFound("branch, tag or turn", name, nearest(name, known) or known[:3], session=owner.name)
     return Point(owner, _back(conn, ref, at), None)
 
 

@@ -149,7 +149,7 @@ def _chunk_rows(conn: sa.Connection, reads: list[Read]) -> Iterator[dict[str, An
         some = reads[first : first + QUERY_SEGMENTS]
         last = max(read.end for read in some)
         query = sa.select(chunk).where(chunk.c.segment.in_([read.segment for read in some]), chunk.c.position < last)
-        for row in conn.execute(query.order_by(*order).execution_options(stream_results=True)):
+        for row in conn.execute(query.order_by(*order)):  # fetched one by one: only one blob is in memory
             yield dict(row._mapping)
 
 

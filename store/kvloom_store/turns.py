@@ -152,6 +152,12 @@ def of_session(conn: sa.Connection, session: int) -> list[Turn]:
     return [_turn(checked(turn, row)) for row in conn.execute(query)]
 
 
+def count_by_session(conn: sa.Connection) -> dict[int, int]:
+    """How many turns each session has, without reading them."""
+    query = sa.select(turn.c.session, sa.func.count()).group_by(turn.c.session)
+    return dict(conn.execute(query).tuples().all())
+
+
 def path_to(conn: sa.Connection, row: int | None) -> list[Turn]:
     """The turns from the first one down to this one, in one query; nothing for None."""
     if row is None:
