@@ -123,14 +123,21 @@ class LiveState:
     is the final hidden state ``[1, 1, hidden_size]`` of the last position, from which the next token is chosen.
     """
 
-    def __init__(self, layers: tuple[LayerSpec, ...], capacity: int, device: torch.device) -> None:
+    def __init__(
+        self, layers: tuple[LayerSpec, ...], capacity: int, device: torch.device, buffer: RowBuffer | None = None
+    ) -> None:
+        """Room for ``capacity`` tokens; in ``buffer``, if there is one already (on the CPU)."""
         self.layers = layers
         self.specs = expand(layers)
         self.device = device
         self.capacity = 0
         self.tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.source: RowSource
-        self._allocate(capacity)
+        if buffer is not None:
+            self.capacity = buffer.capacity
+            self._use(buffer)
+        else:
+            self._allocate(capacity)
         self._row_layers = [RowLayer(self, index) for index in range(len(self.specs))]
         self.cache = DynamicCache()
         self.cache.layers = self._row_layers
@@ -141,15 +148,17 @@ class LiveState:
     def _allocate(self, capacity: int) -> None:
         self.capacity = -(-max(capacity, 1) // CAPACITY_STEP) * CAPACITY_STEP
         if self.device.type == "cpu":
-            buffer = RowBuffer(self.layers, self.capacity)
-            self.tensors = [
-                (self._tensor(arrays[0], spec.tensors[0]), self._tensor(arrays[1], spec.tensors[1]))
-                for arrays, spec in zip(buffer.tensors, self.specs, strict=True)
-            ]
-            self.source = buffer
+            self._use(RowBuffer(self.layers, self.capacity))
         else:
             self.tensors = [(self._empty(s.tensors[0]), self._empty(s.tensors[1])) for s in self.specs]
             self.source = _DeviceRows(self.tensors)
+
+    def _use(self, buffer: RowBuffer) -> None:
+        self.tensors = [
+            (self._tensor(arrays[0], spec.tensors[0]), self._tensor(arrays[1], spec.tensors[1]))
+            for arrays, spec in zip(buffer.tensors, self.specs, strict=True)
+        ]
+        self.source = buffer
 
     @staticmethod
     def _tensor(array: Rows, spec: TensorSpec) -> torch.Tensor:

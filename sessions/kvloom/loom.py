@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from kvloom.engine import TransformersEngine
     from kvloom.models import Progress
+    from kvloom.prefetch import Prefetch
     from kvloom.resume import Resumer
 
 DEFAULT_CODEC = "raw"
@@ -55,6 +56,7 @@ class KVLoom:
         self._dtype = dtype
         self._device = device
         self._progress = progress
+        self._prefetch: Prefetch | None = None
         self._closed = False
 
     @cached_property
@@ -83,7 +85,17 @@ class KVLoom:
         """What brings state back."""
         from kvloom.resume import Resumer
 
-        return Resumer(self.engine, self.database, self.writer, self.root)
+        resumer = Resumer(self.engine, self.database, self.writer, self.root)
+        if self._prefetch is not None:
+            resumer.adopt(self._prefetch)
+        return resumer
+
+    def prefetch(self, session: str, branch: str) -> None:
+        """Begin to read a branch's state, if the model is still to be loaded: it is there when the model is."""
+        from kvloom.prefetch import Prefetch
+
+        if isinstance(self._model, str) and "engine" not in self.__dict__ and self._prefetch is None:
+            self._prefetch = Prefetch(self.database, session, branch)
 
     def session(
         self,

@@ -19,6 +19,7 @@ import torch
 from kvloom.engine import Progress, TransformersEngine
 from kvloom.errors import EngineError, ReuseRequired
 from kvloom.live import TORCH_DTYPES, Link, LiveState
+from kvloom.prefetch import Prefetch
 from kvloom_proto.records import Schedule
 from kvloom_store import held, restore, segments, trie, turns
 from kvloom_store.database import Database
@@ -78,6 +79,17 @@ class Resumer:
         account.seconds = time.perf_counter() - began
         return live, account
 
+    def adopt(self, prefetch: Prefetch) -> None:
+        """Begin with the state that was read while the model was being loaded."""
+        taken = prefetch.take(self.engine.layers) if self.engine.device.type == "cpu" and self.live is None else None
+        if taken is None:
+            return
+        buffer, reads = taken
+        live = LiveState(self.engine.layers, buffer.capacity, self.engine.device, buffer)
+        live.show(reads[-1].end)
+        live.chain = [Link(Handle(read.segment), read.start, read.end) for read in reads]
+        self.live = live
+
     def start_anew(self, tokens: int) -> LiveState:
         """An empty live state, for a run that reuses nothing."""
         live = self._live(tokens)
@@ -130,7 +142,7 @@ class Resumer:
         self.writer.flush()  # from here on every piece of state has its row
         with self.database.read() as conn:
             tip = turns.state(conn, tip.row)
-            base = turns.state(conn, tip.base_state) if tip.base_state is not None else None
+            base = self._base_of(conn, tip)
         if upto <= tip.state_start:  # the turn added no rows of its own: its state is its base's
             if base is not None:
                 return self._bring_back(live, base, upto, account, require_reuse, cancel, progress)
@@ -152,6 +164,14 @@ class Resumer:
         account.replayed += tip.state_end - tip.state_start
         live.truncate(upto)
         return None
+
+    @staticmethod
+    def _base_of(conn: sa.Connection, tip: TurnState) -> TurnState | None:
+        """The turn whose state a turn's own was computed on: it knows how to compute that again, too."""
+        if tip.base_state is not None:
+            return turns.state(conn, tip.base_state)
+        owners = turns.states_with_segments(conn, [tip.base_segment]) if tip.base_segment is not None else []
+        return owners[0] if owners else None
 
     def _hidden_of(self, live: LiveState, tip: TurnState | None) -> None:
         """Set the hidden state that the next token follows from; without one the last token is run again."""
@@ -215,6 +235,8 @@ class Resumer:
             with_state = {s.segment: s.row for s in turns.states_with_segments(conn, [r.segment for r in reads])}
         # The very handles in memory are kept: later segments may be waiting on them.
         same = {link.handle.segment: link.handle for link in live.chain}
+        for handle in same.values():
+            handle.state = handle.state if handle.state is not None else with_state.get(handle.segment or 0)
         live.chain = [
             Link(same.get(r.segment) or Handle(r.segment, with_state.get(r.segment)), r.start, r.end) for r in reads
         ]

@@ -78,9 +78,9 @@ class Session:
         Raises:
             RefExists, RefNotFound, InvalidName
         """
-        point = self._resolve(at)
+        ref = self._ref(at)
         with self._loom.database.write() as conn:
-            row = refs.add_branch(conn, self._row.row, name, point.turn)
+            row = refs.add_branch(conn, self._row.row, name, refs.resolve(conn, ref).turn)
         return Branch(self._loom, self, row)
 
     def checkout(self, at: str) -> Branch:
@@ -116,8 +116,11 @@ class Session:
         with self._loom.database.write() as conn:
             self._row = refs.rename_session(conn, self.name, name)
 
+    def _ref(self, at: str | None) -> Ref:
+        return parse_ref(f"{self.name}@{at}" if at else self.name)
+
     def _resolve(self, at: str | None) -> refs.Point:
-        ref = parse_ref(f"{self.name}@{at}" if at else self.name)
+        ref = self._ref(at)
         with self._loom.database.read() as conn:
             return refs.resolve(conn, ref)
 
@@ -285,6 +288,7 @@ class Branch:
 
     def _path(self) -> tuple[list[Turn], dict[int, TurnState]]:
         """The turns down to the branch as it stands now, and what this model made of them."""
+        self._loom.prefetch(self.session.name, self.name)
         check_model(self.session.settings, self._loom)
         with self._loom.database.read() as conn:
             point = refs.resolve(conn, Ref(self.session.name, self.name, 0))

@@ -1,0 +1,32 @@
+"""``python -m benchmarks`` (or ``make bench``): every measurement, one after another, as JSON.
+
+QUICK=1 leaves out the slow ones and makes the others short.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+from benchmarks import first_token, fork, grid, tree
+
+
+def main() -> None:
+    quick = bool(os.environ.get("QUICK"))
+    parts = {
+        "fork": fork.run,
+        "first_token": lambda: first_token.run(rounds=1 if quick else 3),
+        "tree": lambda: tree.run(branches=2, exchanges=2) if quick else tree.run(),
+    }
+    if not quick:
+        parts["grid"] = grid.run
+    results = {}
+    for name, run in parts.items():
+        print(f"measuring {name} ...", file=sys.stderr)
+        results[name] = run()
+    print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
