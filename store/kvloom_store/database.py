@@ -62,7 +62,8 @@ class Database:
         synchronous = os.environ.get("KVLOOM_SYNCHRONOUS", "NORMAL").upper()
         if synchronous not in SYNCHRONOUS:
             raise StoreUnavailable(f"KVLOOM_SYNCHRONOUS is {synchronous!r}", hint="use NORMAL or FULL")
-        self._lock = threading.Lock()
+        self._writing = threading.Condition()
+        self._busy = False
         self._turns_waiting = 0
         self.engine = sqlite.make_engine(path, read_only=self.read_only, synchronous=synchronous, busy_ms=busy_ms)
         with sqlite.translated(path):
@@ -114,14 +115,17 @@ class Database:
 
     @contextmanager
     def _turn_to_write(self, background: bool) -> Iterator[None]:
-        if not background:
-            self._turns_waiting += 1
-        while background and self._turns_waiting:
-            time.sleep(0.001)
-        with self._lock:
-            if not background:
-                self._turns_waiting -= 1
+        with self._writing:
+            self._turns_waiting += not background
+            self._writing.wait_for(lambda: not self._busy and not (background and self._turns_waiting))
+            self._turns_waiting -= not background
+            self._busy = True
+        try:
             yield
+        finally:
+            with self._writing:
+                self._busy = False
+                self._writing.notify_all()
 
     def checkpoint(self) -> None:
         """Move the write-ahead log into the file."""

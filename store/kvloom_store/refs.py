@@ -207,7 +207,9 @@ def resolve(conn: sa.Connection, ref: Ref) -> Point:
 def _back(conn: sa.Connection, ref: Ref, at: int | None) -> int | None:
     path = [each.row for each in turns.path_to(conn, at)]
     if ref.back > len(path):
-        raise RefNotFound("turn", str(ref), [f"{ref.session} has {len(path)} turns there"])
+        error = RefNotFound("turn", str(ref))
+        error.hint = f"there are {len(path)} turns down to {ref.session}@{ref.point or MAIN}; kvloom log shows them"
+        raise error
     return path[-1 - ref.back] if ref.back < len(path) else None
 
 

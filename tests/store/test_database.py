@@ -1,0 +1,185 @@
+"""Opening a store: what is refused, what is private, who waits for whom."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from kvloom_store import checksum, database, schema
+from kvloom_store.database import Database, allocate
+from kvloom_store.errors import CorruptRow, NotAStore, SchemaTooNew, StoreLocked, StoreUnavailable
+
+
+def test_a_new_store_is_private_to_the_user(store_path: Path):
+    Database(store_path).close()
+    assert stat.S_IMODE(store_path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(store_path.parent.stat().st_mode) == 0o700
+
+
+def test_a_text_file_is_not_a_store(tmp_path: Path):
+    path = tmp_path / "notes.txt"
+    path.write_text("dear diary\n" * 1000)
+    with pytest.raises(NotAStore):
+        Database(path)
+    assert path.read_text().startswith("dear diary")
+
+
+def test_another_programs_database_is_not_a_store_and_is_left_alone(tmp_path: Path):
+    path = tmp_path / "other.db"
+    with sqlite3.connect(path) as other:
+        other.execute("CREATE TABLE recipes (name)")
+    other.close()
+    with pytest.raises(NotAStore):
+        Database(path)
+    with sqlite3.connect(path) as other:
+        assert [row[0] for row in other.execute("SELECT name FROM sqlite_master")] == ["recipes"]
+    other.close()
+
+
+def test_a_newer_store_is_refused(store_path: Path):
+    Database(store_path).close()
+    with sqlite3.connect(store_path) as raw:
+        raw.execute(f"PRAGMA user_version={schema.SCHEMA_VERSION + 1}")
+    raw.close()
+    with pytest.raises(SchemaTooNew) as caught:
+        Database(store_path)
+    assert caught.value.found == schema.SCHEMA_VERSION + 1
+
+
+def test_a_folder_is_refused(tmp_path: Path):
+    with pytest.raises(StoreUnavailable):
+        Database(tmp_path)
+
+
+def test_a_path_that_cannot_be_created_is_refused(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreUnavailable, match="cannot create"):
+        Database(tmp_path / "file" / "kvloom.db")
+
+
+def test_a_missing_store_is_not_made_where_one_must_exist(store_path: Path):
+    with pytest.raises(StoreUnavailable, match="no store"):
+        Database(store_path, must_exist=True)
+    assert not store_path.exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_store_can_be_read_and_not_written(store_path: Path):
+    Database(store_path).close()
+    store_path.chmod(0o400)
+    opened = Database(store_path)
+    with opened.read() as conn:
+        assert conn.execute(sa.select(schema.session)).all() == []
+    with pytest.raises(StoreUnavailable, match="read-only"), opened.write():
+        pass
+    opened.close()
+
+
+def test_a_store_locked_by_another_process_is_waited_for_and_then_refused(store_path: Path):
+    opened = Database(store_path, busy_ms=50)
+    other = sqlite3.connect(store_path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StoreLocked), opened.write():
+        pass
+    with opened.read() as conn:  # readers are not held up
+        assert conn.execute(sa.select(schema.session)).all() == []
+    other.execute("ROLLBACK")
+    other.close()
+    with opened.write() as conn:
+        assert allocate(conn, schema.turn) == 1
+    opened.close()
+
+
+def test_ids_are_never_used_twice(store_path: Path):
+    opened = Database(store_path)
+    with opened.write() as conn:
+        assert [allocate(conn, schema.turn) for _ in range(3)] == [1, 2, 3]
+    opened.close()
+    opened = Database(store_path)
+    with opened.write() as conn:
+        assert allocate(conn, schema.turn) == 4
+    opened.close()
+
+
+def test_a_write_that_fails_leaves_nothing_behind(store_path: Path):
+    opened = Database(store_path)
+    with pytest.raises(ZeroDivisionError), opened.write() as conn:
+        _ = allocate(conn, schema.turn) / 0
+    with opened.write() as conn:
+        assert allocate(conn, schema.turn) == 1
+    opened.close()
+
+
+def test_turns_go_before_state(store_path: Path):
+    opened = Database(store_path)
+    order: list[str] = []
+    inside, turn_waits = threading.Event(), threading.Event()
+
+    def state() -> None:
+        with opened.write(background=True):
+            inside.set()
+            turn_waits.wait()
+        with opened.write(background=True):
+            order.append("state")
+
+    def turn() -> None:
+        with opened.write():
+            order.append("turn")
+
+    first = threading.Thread(target=state)
+    first.start()
+    inside.wait()
+    second = threading.Thread(target=turn)
+    second.start()
+    while not opened._turns_waiting:
+        pass
+    turn_waits.set()
+    first.join()
+    second.join()
+    assert order == ["turn", "state"]
+    opened.close()
+
+
+@pytest.mark.parametrize("table", sorted(schema.metadata.tables))
+def test_every_table_has_a_checksum(table: str):
+    assert "checksum" in schema.metadata.tables[table].columns
+
+
+def test_a_changed_cell_is_found(store_path: Path):
+    opened = Database(store_path)
+    with opened.write() as conn:
+        conn.execute(schema.sequence.update().where(schema.sequence.c.name == "turn").values(next=7))
+        with pytest.raises(CorruptRow) as caught:
+            allocate(conn, schema.turn)
+    assert caught.value.table == "sequence"
+    opened.close()
+
+
+def test_a_row_cannot_stand_in_for_another(store_path: Path):
+    """The checksum covers the keys: the bytes of one row under another row's key do not pass."""
+    opened = Database(store_path)
+    with opened.write() as conn:
+        row = conn.execute(sa.select(schema.sequence).where(schema.sequence.c.name == "turn")).one()
+        swapped = {**row._mapping, "name": "node"}
+        conn.execute(schema.sequence.delete().where(schema.sequence.c.name == "node"))
+        conn.execute(schema.sequence.insert(), swapped)
+        found = conn.execute(sa.select(schema.sequence).where(schema.sequence.c.name == "node")).one()
+        with pytest.raises(CorruptRow):
+            checksum.checked(schema.sequence, found)
+    opened.close()
+
+
+def test_the_place_of_the_store_comes_from_the_environment(store_path: Path):
+    assert database.default_path() == store_path
+
+
+def test_an_unknown_durability_is_refused(store_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("KVLOOM_SYNCHRONOUS", "MAYBE")
+    with pytest.raises(StoreUnavailable, match="KVLOOM_SYNCHRONOUS"):
+        Database(store_path)
