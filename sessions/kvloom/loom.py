@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kvloom.prefetch import Prefetch
     from kvloom.resume import Resumer
 
-DEFAULT_CODEC = "raw"
+DEFAULT_CODEC = "auto"
 
 
 class KVLoom:

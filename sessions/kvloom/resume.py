@@ -17,7 +17,7 @@ import sqlalchemy as sa
 import torch
 
 from kvloom.engine import Progress, TransformersEngine
-from kvloom.errors import EngineError, ReuseRequired
+from kvloom.errors import EngineError, ReuseRequired, StoreError
 from kvloom.live import TORCH_DTYPES, Link, LiveState
 from kvloom.prefetch import Prefetch
 from kvloom_proto.records import Schedule
@@ -93,7 +93,7 @@ class Resumer:
     def start_anew(self, tokens: int) -> LiveState:
         """An empty live state, for a run that reuses nothing."""
         live = self._live(tokens)
-        self.writer.flush()
+        self._flush(live, Account())
         live.truncate(0)
         return live
 
@@ -139,7 +139,7 @@ class Resumer:
         """Let ``live`` hold the state of a turn up to position ``upto``."""
         if live.chain and live.chain[-1].handle.state == tip.row and live.length == upto:
             return None
-        self.writer.flush()  # from here on every piece of state has its row
+        self._flush(live, account)  # from here on every piece of state has its row
         with self.database.read() as conn:
             tip = turns.state(conn, tip.row)
             base = self._base_of(conn, tip)
@@ -164,6 +164,20 @@ class Resumer:
         account.replayed += tip.state_end - tip.state_start
         live.truncate(upto)
         return None
+
+    def _flush(self, live: LiveState, account: Account) -> bool:
+        """Wait for the writer. If it failed (a full disk), say so, and let go of the state that has no row.
+
+        The turns themselves are safe; what is let go of is replayed.
+        """
+        try:
+            self.writer.flush()
+        except StoreError as error:
+            account.notices.append(f"state could not be stored: {error}")
+        unstored = next((link for link in live.chain if link.handle.segment is None), None)
+        if unstored is not None:
+            live.truncate(unstored.start)
+        return unstored is None
 
     @staticmethod
     def _base_of(conn: sa.Connection, tip: TurnState) -> TurnState | None:
@@ -204,7 +218,6 @@ class Resumer:
             live.chain.append(Link(Handle(tip.segment, tip.row), live.captured, live.length))
         else:
             self.capture(live, tip.position, tip.schedule, tip.provenance, tip.row)
-            self.writer.flush()
 
     def _load_or_empty(self, live: LiveState, segment: int | None, upto: int, account: Account) -> None:
         if segment is None:
@@ -259,18 +272,20 @@ class Resumer:
 
     def _load_more(self, live: LiveState, ids: Sequence[int], tip: TurnState | None, account: Account) -> None:
         """Load what is held beyond the tip: the same words said before, or another session's beginning."""
-        on = live.chain[-1].handle.segment if tip is not None and live.chain else None
-        if tip is not None and on is None:
-            return
-        if tip is None:
-            self.writer.flush()
         with self.database.read() as conn:
             match = trie.match(conn, self.root, ids)
+        if tip is not None and match.known <= tip.end:
+            return None
+        # What is found must not depend on how far the writer has got.
+        if not self._flush(live, account) and tip is not None:
+            return self._bring_back(live, tip, tip.state_end, account, False, None, None)
+        on = live.chain[-1].handle.segment if tip is not None and live.chain else None
+        with self.database.read() as conn:
             found = held.longest(conn, match, at_most=len(ids), on=on, on_end=live.length if on else 0)
             if found is None or found.end <= (live.length if tip is not None else 0):
                 if tip is None:
                     live.truncate(0)
-                return
+                return None
             hidden = held.hidden_at(conn, found) if found.end == len(ids) else None
         end = found.end
         if end == len(ids) and hidden is None:
@@ -284,9 +299,10 @@ class Resumer:
                 live.truncate(0)
             else:
                 live.truncate(tip.state_end)
-            return
+            return None
         if hidden is not None and end == len(ids):
             live.hidden = hidden_tensor(*hidden, self.engine.device)
+        return None
 
 
 def hidden_tensor(data: bytes, dtype: str, device: torch.device) -> torch.Tensor:

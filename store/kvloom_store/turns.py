@@ -155,7 +155,7 @@ def of_session(conn: sa.Connection, session: int) -> list[Turn]:
 def count_by_session(conn: sa.Connection) -> dict[int, int]:
     """How many turns each session has, without reading them."""
     query = sa.select(turn.c.session, sa.func.count()).group_by(turn.c.session)
-    return dict(conn.execute(query).tuples().all())
+    return {int(row): int(count) for row, count in conn.execute(query)}
 
 
 def path_to(conn: sa.Connection, row: int | None) -> list[Turn]:
