@@ -33,7 +33,7 @@ def lookup(loom: KVLoom, ids: Sequence[int]) -> tuple[DynamicCache, int]:
     engine.check_ids(ids, room=0)
     with engine.lock:
         resumer = Resumer(engine, loom.database, loom.writer, loom.root)
-        live, _ = resumer.resume(ids[:-1], None, room=256)
+        live, _ = resumer.resume(ids[:-1], None, room=256, logits=False)
     return live.cache, live.length
 
 
@@ -87,7 +87,7 @@ def _live_of(loom: KVLoom, cache: DynamicCache) -> LiveState:
 
 def _share_prefix(loom: KVLoom, resumer: Resumer, live: LiveState, ids: Sequence[int]) -> None:
     """Stand on the longest stored prefix, as far as the cache begins with its very bits."""
-    stored, _ = resumer.resume(ids, None, room=0)
+    stored, _ = resumer.resume(ids, None, room=0, logits=False)
     same = stored.length
     for held, own in zip(stored.tensors, live.tensors, strict=True):
         for a, b in zip(held, own, strict=True):

@@ -56,6 +56,7 @@ class Resumer:
         tip: TurnState | None,
         *,
         room: int,
+        logits: bool = True,
         require_reuse: bool = False,
         cancel: threading.Event | None = None,
         progress: Progress | None = None,
@@ -63,7 +64,8 @@ class Resumer:
         """A live state that holds as much of ``ids`` as can be had without computing anything new.
 
         ``tip`` is the state that must be gone on from, all of whose tokens ``ids`` begin with; None takes whatever is
-        held of ``ids``. ``room`` tokens more will be run. ``live.hidden`` is set if all of ``ids`` is held.
+        held of ``ids``. ``room`` tokens more will be run. If all of ``ids`` is held, ``live.hidden`` is set, unless no
+        ``logits`` are wanted.
 
         Raises:
             ReuseRequired: ``require_reuse``, and something would have to be replayed.
@@ -73,7 +75,7 @@ class Resumer:
         if tip is not None:
             self._bring_back(live, tip, tip.state_end, account, require_reuse, cancel, progress)
         self._load_more(live, ids, tip, account)
-        if live.length == len(ids) and live.hidden is None:
+        if logits and live.length == len(ids) and live.hidden is None:
             self._hidden_of(live, tip)
         account.reused = live.length - account.replayed
         account.seconds = time.perf_counter() - began
@@ -287,11 +289,8 @@ class Resumer:
                     live.truncate(0)
                 return None
             hidden = held.hidden_at(conn, found) if found.end == len(ids) else None
-        end = found.end
-        if end == len(ids) and hidden is None:
-            end -= 1  # something must run for there to be logits
         try:
-            self._load(live, found.segment, end, account)
+            self._load(live, found.segment, found.end, account)
         except StateDamaged as error:
             # Nobody's turn depends on it here: it is computed anew, and mended when its own turn needs it.
             account.notices.append(str(error))
@@ -300,7 +299,7 @@ class Resumer:
             else:
                 live.truncate(tip.state_end)
             return None
-        if hidden is not None and end == len(ids):
+        if hidden is not None:
             live.hidden = hidden_tensor(*hidden, self.engine.device)
         return None
 
