@@ -376,7 +376,8 @@ def check_model(settings: Mapping[str, Any], loom: KVLoom) -> None:
     live = loom.engine.identity()
     found = differences(settings["model_fields"], live.fields)
     if found:
-        raise ModelMismatch(*found[0])
+        # With another dtype the weights differ too; what the user can change is named.
+        raise ModelMismatch(*next((row for row in found if row[0] == "dtype"), found[0]))
     if settings["tokenizer"] != live.tokenizer:
         raise ModelMismatch("tokenizer", settings["tokenizer"][:16], live.tokenizer[:16])
 

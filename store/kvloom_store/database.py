@@ -50,13 +50,14 @@ class Database:
             NotAStore, SchemaTooNew, StoreUnavailable, StoreLocked
         """
         self.path = path
-        if must_exist and not path.exists():
+        there = sqlite.kind_of(path)
+        if there == "folder":
+            raise StoreUnavailable(f"{path} is a folder", hint="give a file with --store PATH")
+        if there == "nothing" and must_exist:
             raise StoreUnavailable(
                 f"no store at {path}", hint="kvloom say NAME TEXT makes one; --store PATH names another file"
             )
-        if path.is_dir():
-            raise StoreUnavailable(f"{path} is a folder", hint="give a file with --store PATH")
-        if not path.exists():
+        if there == "nothing":
             sqlite.create_file(path)
         self.read_only = not os.access(path, os.W_OK)
         synchronous = os.environ.get("KVLOOM_SYNCHRONOUS", "NORMAL").upper()

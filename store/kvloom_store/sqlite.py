@@ -29,19 +29,35 @@ NETWORK_FILESYSTEMS = frozenset(
 )
 
 
+def kind_of(path: Path) -> str:
+    """``file``, ``folder`` or ``nothing``. Raises NotAStore, StoreUnavailable."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return "nothing"
+    except (OSError, ValueError) as error:  # not allowed to look, a part of the path is a file, too long a name
+        raise StoreUnavailable(
+            f"cannot open {path}: {getattr(error, 'strerror', None) or error}",
+            hint="give another place with --store PATH (or KVLOOM_STORE)",
+        ) from error
+    if stat.S_ISDIR(mode):
+        return "folder"
+    if not stat.S_ISREG(mode):
+        raise NotAStore(str(path))
+    return "file"
+
+
 def create_file(path: Path) -> None:
-    """Make an empty private file (0600) in a private folder (0700), if there is none yet.
+    """Make an empty private file (0600) in a private folder (0700).
 
     SQLite gives its WAL the permissions of the main file. The file is only ever opened here while it does
     not exist: closing a second descriptor of an open database would drop SQLite's locks.
     """
     try:
-        if not path.parent.exists():
-            path.parent.mkdir(parents=True, mode=0o700)
+        path.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
     except FileExistsError:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise NotAStore(str(path)) from None
+        return  # another process was first
     except OSError as error:
         raise StoreUnavailable(
             f"cannot create the store {path}: {error.strerror or error}",

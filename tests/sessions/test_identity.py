@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from kvloom import identity, models
 from kvloom.errors import UnsupportedModel
 from kvloom.identity import Memo, differences, folder_key, forget, identity_of, loaded_from
+from kvloom.quiet import quiet, silent
 
 
 def tiny(seed=0, **changes):
@@ -437,7 +438,7 @@ def test_smollm2_as_gguf_and_as_converted_folder_is_one_model(tmp_path, monkeypa
     source = models.resolve("smollm2")
     converted = models.load(source, dtype="float32")
     where = {"pretrained_model_name_or_path": source.path.parent, "gguf_file": source.path.name}
-    with models._quiet(lambda stage, fraction: None):
+    with quiet(silent):
         direct = AutoModelForCausalLM.from_pretrained(
             **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )

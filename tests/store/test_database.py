@@ -59,7 +59,7 @@ def test_a_folder_is_refused(tmp_path: Path):
 
 def test_a_path_that_cannot_be_created_is_refused(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreUnavailable, match="cannot create"):
+    with pytest.raises(StoreUnavailable, match="cannot open"):
         Database(tmp_path / "file" / "kvloom.db")
 
 

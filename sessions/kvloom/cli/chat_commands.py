@@ -1,0 +1,134 @@
+"""What can be typed in a chat besides text: commands that begin with a slash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import click
+
+from kvloom.cli.common import short_ids
+from kvloom.cli.terminal import clean, dim, preview
+
+if TYPE_CHECKING:
+    from kvloom.cli.chat import Chat
+
+
+def handle(chat: Chat, line: str) -> bool:
+    """Do what a line asks for: a command, or text to say ("//" says a slash). False to leave."""
+    if not line.startswith("/") or line.startswith("//"):
+        text = line[1:] if line.startswith("//") else line
+        chat.run(lambda **options: chat.branch.stream(text, **options))
+        return True
+    name, _, rest = line[1:].strip().partition(" ")
+    if name not in COMMANDS:
+        dim(f"no command /{name}; /help lists them, // begins text with a slash")
+        return True
+    COMMANDS[name][1](chat, rest.strip())
+    return name != "quit"
+
+
+def _help(chat: Chat, _rest: str) -> None:
+    """List the commands."""
+    for name, (arguments, command) in COMMANDS.items():
+        about = (command.__doc__ or "").strip().splitlines()[0]
+        click.echo(f"  /{f'{name} {arguments}':<16} {click.style(about, dim=True)}")
+    dim("  Enter sends, Alt-Enter begins a line, Ctrl-C stops a reply, Ctrl-D leaves")
+
+
+def _fork(chat: Chat, rest: str) -> None:
+    """Begin a branch here, and go on with it."""
+    if not rest:
+        return dim("say how to call it: /fork NAME")
+    chat.branch = chat.branch.fork(rest)
+    chat.moved = True
+    return _where(chat)
+
+
+def _undo(chat: Chat, _rest: str) -> None:
+    """Go back to before the last message; it stays in the tree."""
+    chat.branch.undo()
+    chat.moved = True
+    _where(chat)
+
+
+def _regenerate(chat: Chat, _rest: str) -> None:
+    """Get another reply to the last message."""
+    chat.run(chat.branch.regenerate)
+
+
+def _continue(chat: Chat, _rest: str) -> None:
+    """Go on with a reply that was stopped."""
+    chat.run(chat.branch.continue_reply)
+
+
+def _tree(chat: Chat, _rest: str) -> None:
+    """Draw the session; the branch you are on is marked."""
+    from kvloom.cli.tree import print_tree
+
+    turns = chat.session.tree()
+    tips = {name for turn in turns for name in turn.branches}
+    empty = [branch.name for branch in chat.session.branches() if branch.name not in tips]
+    with chat.loom.database.read() as conn:
+        short = short_ids(conn, chat.session._row.row)
+    print_tree(chat.session.name, turns, short, empty, current=chat.branch.name)
+
+
+def _checkout(chat: Chat, rest: str) -> None:
+    """Go to a branch, or to a turn, tag or BRANCH~N on a new branch."""
+    if not rest:
+        return dim("say where to: /checkout BRANCH, BRANCH~2, TAG or a turn id of /tree")
+    chat.branch = chat.session.checkout(rest.removeprefix(f"{chat.session.name}@"))
+    chat.moved = True
+    return _where(chat)
+
+
+def _tag(chat: Chat, rest: str) -> None:
+    """Give this turn a name that stays."""
+    if not rest:
+        return dim("say how to call it: /tag NAME")
+    chat.session.tag(rest, chat.branch.name)
+    return dim(f"tagged #{rest}")
+
+
+def _log(chat: Chat, _rest: str) -> None:
+    """Show what was said so far."""
+    from kvloom.cli.show import print_turns
+
+    turns = chat.branch.log()
+    with chat.loom.database.read() as conn:
+        print_turns(turns, short_ids(conn, chat.session._row.row))
+
+
+def _stats(chat: Chat, _rest: str) -> None:
+    """Count this session's turns, tokens and bytes."""
+    from kvloom.cli.about import print_stats
+    from kvloom_store.stats import stats
+
+    chat.loom.flush()
+    print_stats(stats(chat.loom.database, chat.session._row.row))
+
+
+def _quit(_chat: Chat, _rest: str) -> None:
+    """Leave; so does Ctrl-D."""
+
+
+def _where(chat: Chat) -> None:
+    turns = chat.branch.log()
+    said = f", last said: {preview(turns[-1].text, 50)}" if turns else ""
+    dim(f"on {clean(chat.session.name)}@{clean(chat.branch.name)}, {len(turns)} turns{said}")
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Chat, str], None]]] = {
+    "continue": ("", _continue),
+    "regenerate": ("", _regenerate),
+    "undo": ("", _undo),
+    "fork": ("NAME", _fork),
+    "checkout": ("REF", _checkout),
+    "tag": ("NAME", _tag),
+    "tree": ("", _tree),
+    "log": ("", _log),
+    "stats": ("", _stats),
+    "help": ("", _help),
+    "quit": ("", _quit),
+}

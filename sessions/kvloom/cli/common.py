@@ -1,0 +1,185 @@
+"""What the commands share: the options each of them takes, and the two ways to open a store."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import click
+
+from kvloom.cli.terminal import warn
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
+
+    from kvloom.loom import KVLoom
+    from kvloom.session import Session
+    from kvloom_store.database import Database
+    from kvloom_store.names import Ref
+    from kvloom_store.refs import Point
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass
+class Options:
+    """The options that stand before the command or after it."""
+
+    store: str | None = None
+    json: bool = False
+
+    @property
+    def path(self) -> Path:
+        """The store's file: ``--store``, else ``KVLOOM_STORE``, else the platform's data folder."""
+        from kvloom.errors import StoreUnavailable
+        from kvloom_store.database import default_path
+
+        try:
+            path = Path(self.store).expanduser() if self.store else default_path()
+            path.exists()
+        except (OSError, RuntimeError) as error:  # a folder one may not look into, a name too long, ~nobody
+            reason = getattr(error, "strerror", None) or error
+            raise StoreUnavailable(
+                f"cannot use the store {self.store or 'of KVLOOM_STORE'}: {reason}",
+                hint="give another place with --store PATH (or KVLOOM_STORE)",
+            ) from error
+        return path
+
+
+pass_options = click.make_pass_decorator(Options, ensure=True)
+
+
+def _remember(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+    if value and param.name:
+        setattr(ctx.ensure_object(Options), param.name, value)
+
+
+def store_option(command: F) -> F:
+    """``--store PATH``."""
+    return click.option(
+        "--store",
+        metavar="PATH",
+        expose_value=False,
+        callback=_remember,
+        help="The store's file (env KVLOOM_STORE; default: kvloom.db in your data folder).",
+    )(command)
+
+
+def json_option(command: F) -> F:
+    """``--json``."""
+    return click.option(
+        "--json",
+        is_flag=True,
+        expose_value=False,
+        callback=_remember,
+        help="Print one JSON object on stdout; everything else goes to stderr.",
+    )(command)
+
+
+def shared(command: F) -> F:
+    """The options of every command that looks into a store; hands the command an ``Options`` first."""
+    return store_option(json_option(cast(F, pass_options(command))))
+
+
+class Reader:
+    """A store opened without a model and without a writer: quick to open, enough to look and to move names."""
+
+    def __init__(self, path: Path) -> None:
+        from kvloom_store.database import Database
+
+        self.database: Database = Database(path, must_exist=True)
+
+    def sessions(self) -> list[Session]:
+        """Every session, the one used last first."""
+        from kvloom.session import Session
+        from kvloom_store import refs
+
+        with self.database.read() as conn:
+            return [Session(cast("KVLoom", self), row) for row in refs.sessions(conn)]
+
+    def find(self, name: str) -> Session:
+        """The session of that name. Raises RefNotFound with the nearest names."""
+        from kvloom.session import Session
+        from kvloom_store import refs
+
+        with self.database.read() as conn:
+            return Session(cast("KVLoom", self), refs.get_session(conn, name))
+
+    def resolve(self, ref: Ref) -> Point:
+        """What a ref points at."""
+        from kvloom_store import refs
+
+        with self.database.read() as conn:
+            return refs.resolve(conn, ref)
+
+
+@contextmanager
+def reading(options: Options) -> Iterator[Reader]:
+    """The store, to look at. Raises StoreUnavailable where there is none."""
+    reader = Reader(options.path)
+    try:
+        yield reader
+    finally:
+        reader.database.close()
+
+
+def parse(text: str) -> tuple[Ref, str | None]:
+    """A ref, and its part after the session as ``Session.log`` and ``checkout`` take it."""
+    from kvloom_store.names import MAIN, parse_ref
+
+    ref = parse_ref(text)
+    if ref.back:
+        return ref, f"{ref.point or MAIN}~{ref.back}"
+    return ref, ref.point
+
+
+def short_ids(conn: sa.Connection, session_row: int) -> Callable[[str | None], str]:
+    """A function from a turn's full id to its shortest unique beginning."""
+    from kvloom_store import refs
+
+    known = set(refs.short_ids(conn, session_row).values())
+
+    @functools.cache
+    def short(full: str | None) -> str:
+        if not full:
+            return ""
+        return next((full[:n] for n in range(refs.SHORTEST_ID, len(full)) if full[:n] in known), full)
+
+    return short
+
+
+def warn_of_network_drive(path: Path) -> None:
+    """One line on stderr if the store lies where its write-ahead log is not safe."""
+    from kvloom_store.sqlite import network_filesystem
+
+    kind = network_filesystem(path)
+    if kind:
+        warn(f"{path} lies on a network drive ({kind}), where SQLite can lose data; use --store with a local path")
+
+
+def complete_ref(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    """Names of sessions, and after an @ those of the session's branches and tags; no model needed."""
+    from kvloom.errors import KVLoomError
+    from kvloom_store import refs
+
+    try:
+        with reading(ctx.ensure_object(Options)) as reader, reader.database.read() as conn:
+            name, at, _ = incomplete.partition("@")
+            if not at:
+                found = [row.name for row in refs.sessions(conn)]
+            else:
+                row = refs.get_session(conn, name).row
+                points = [branch.name for branch in refs.branches(conn, row)] + list(refs.tags(conn, row))
+                found = [f"{name}@{point}" for point in points]
+    except (KVLoomError, OSError):
+        return []
+    return [each for each in found if each.startswith(incomplete)]
+
+
+def ref_argument(name: str = "ref", *, metavar: str = "SESSION[@REF]", required: bool = True) -> Callable[[F], F]:
+    """An argument that names a session or a point in it, completed from the store."""
+    return click.argument(name, metavar=metavar, required=required, shell_complete=complete_ref)

@@ -1,0 +1,182 @@
+"""A store opened with the right model, at the right branch, and closed so that nothing is lost."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvloom.cli.common import F, Options, parse, reading, warn_of_network_drive
+from kvloom.cli.progress import Bars
+from kvloom.cli.terminal import warn
+
+if TYPE_CHECKING:
+    from kvloom.loom import KVLoom
+    from kvloom.session import Branch, Session
+    from kvloom_store.names import Ref
+
+
+def model_options(command: F) -> F:
+    """Which model runs, and in what precision."""
+    dtypes = click.Choice(["auto", "float32", "bfloat16"])
+    command = click.option("--dtype", type=dtypes, help="Precision (default: the session's own, else auto).")(command)
+    return click.option(
+        "--model",
+        metavar="NAME",
+        help="An alias, a folder, a .gguf file or a hub name (default: the session's own, else your config).",
+    )(command)
+
+
+@dataclass
+class Talk:
+    """A conversation that is open, and where in it things are said."""
+
+    loom: KVLoom
+    session: Session
+    branch: Branch
+    progress: Bars
+    note: str = ""
+
+
+@contextmanager
+def talking(
+    options: Options,
+    text: str,
+    *,
+    system: str | None = None,
+    create: bool = False,
+    model: str | None = None,
+    dtype: str | None = None,
+) -> Iterator[Talk]:
+    """Open the conversation a ref names, with the model it was made with.
+
+    If it fails before anything was said, a session or branch that was made for it is taken away again.
+    """
+    gc.enable()
+    ref, at = parse(text)
+    known = _settings_of(options, ref, create=create)
+    warn_of_network_drive(options.path)
+    bars = Bars()
+    loom = _open(options, known, model, dtype, bars, must_exist=not create)
+    made: list[Branch | Session] = []
+    try:
+        if loom.database.read_only:
+            with loom.database.write():  # says so now, not after the model was loaded
+                pass
+        if known is None or system:
+            session = loom.session(ref.session, system=system)
+        else:
+            session = loom.find(ref.session)
+        if known is None:
+            made.append(session)
+        branch, note = session.checkout(at) if at else session.branch(), ""
+        if at and branch.name != at:
+            made.append(branch)
+            note = f"{text} is not a branch: this goes on as {session.name}@{branch.name}"
+        loom.prefetch(session.name, branch.name)
+        _ = loom.engine
+        gc.collect()  # now, not within the first reply; and what was loaded need not be looked through again
+        gc.freeze()
+        bars.stop()
+        yield Talk(loom, session, branch, bars, note)
+    except BaseException:
+        bars.stop()
+        _undo(loom, made)
+        raise
+    finally:
+        bars.stop()
+        _close(loom)
+
+
+def _settings_of(options: Options, ref: Ref, *, create: bool) -> dict[str, Any] | None:
+    """What the session fixed when it began; None for one that is to be made. Raises RefNotFound for others."""
+    from kvloom.errors import RefNotFound
+
+    may_be_new = create and ref.point is None and not ref.back
+    if may_be_new and not options.path.exists():
+        return None
+    with reading(options) as reader:
+        try:
+            settings = dict(reader.find(ref.session).settings)
+        except RefNotFound:
+            if may_be_new:
+                return None
+            raise
+        reader.resolve(ref)
+        return settings
+
+
+def _open(
+    options: Options,
+    known: dict[str, Any] | None,
+    model: str | None,
+    dtype: str | None,
+    bars: Bars,
+    *,
+    must_exist: bool,
+) -> KVLoom:
+    from kvloom import config
+    from kvloom.errors import ModelMismatch
+    from kvloom.loom import DEFAULT_CODEC, KVLoom
+    from kvloom.models import resolve
+
+    settings = known or {}
+    chosen = config.load()
+    own = settings.get("dtype")
+    if own and dtype not in (None, "auto", own):
+        raise ModelMismatch("dtype", own, str(dtype))
+    name = _absolute(model or settings.get("model") or chosen.model)
+    resolve(name)  # before a store is made: a model that is not there should leave nothing behind
+    return KVLoom(
+        options.path,
+        model=name,
+        dtype=own or dtype or chosen.dtype,
+        codec=chosen.codec or DEFAULT_CODEC,
+        must_exist=must_exist,
+        progress=bars.stage,
+    )
+
+
+def _absolute(name: str) -> str:
+    """A model that is a path, as one that is found from every folder: a session remembers it."""
+    from kvloom.models import ALIASES
+
+    try:
+        path = Path(name).expanduser()
+        return str(path.resolve()) if name not in ALIASES and path.exists() else name
+    except (OSError, RuntimeError):  # a name no file system takes, or ~nobody
+        return name
+
+
+def _undo(loom: KVLoom, made: list[Branch | Session]) -> None:
+    """Take away what was made for a turn that never came."""
+    from kvloom.errors import KVLoomError
+    from kvloom.session import Session
+    from kvloom_store import refs
+
+    try:
+        for each in reversed(made):
+            if isinstance(each, Session):
+                if all(turn.role == "system" for turn in each.tree()):
+                    loom.remove(each.name)
+                continue
+            with loom.database.write() as conn:
+                point = refs.resolve(conn, parse(f"{each.session.name}@{each.name}")[0])
+                if point.branch is not None and point.turn == each._row.turn:
+                    refs.remove_branch(conn, point.branch.row)
+    except KVLoomError as error:
+        warn(f"could not tidy up: {error}")
+
+
+def _close(loom: KVLoom) -> None:
+    from kvloom.errors import KVLoomError
+
+    try:
+        loom.close()
+    except KVLoomError as error:
+        warn(f"some state could not be stored ({error}); what was said is safe, and is computed again when needed")

@@ -1,0 +1,302 @@
+"""Commands that look: ls, branches, log, show. None of them needs a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvloom.cli.common import Options, parse, reading, ref_argument, shared, short_ids
+from kvloom.cli.terminal import (
+    clean,
+    columns,
+    dim,
+    iso_time,
+    local_time,
+    preview,
+    print_json,
+    seconds,
+    styled_role,
+)
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
+
+    from kvloom.session import Session, TreeTurn
+    from kvloom_store.refs import Point
+    from kvloom_store.turns import Turn, TurnState
+
+
+@click.command(short_help="List the sessions.")
+@shared
+def ls(options: Options) -> None:
+    """List the sessions, the one used last first.
+
+    \b
+    Example:
+      kvloom ls
+    """
+    if not options.path.exists():
+        return _no_sessions(options)
+    from kvloom_store import turns
+
+    with reading(options) as reader:
+        with reader.database.read() as conn:
+            counts = turns.count_by_session(conn)
+        found = [(session, [branch.name for branch in session.branches()]) for session in reader.sessions()]
+    if options.json:
+        listed = [_session_json(session, names, counts) for session, names in found]
+        return print_json({"sessions": listed})
+    if not found:
+        return _no_sessions(options)
+    rows = []
+    for session, names in found:
+        turns_here, used = counts.get(session._row.row, 0), local_time(session._row.updated)
+        model = clean(str(session.settings.get("model")))
+        rows.append([session.name, str(turns_here), str(len(names)), used, model])
+    return columns(rows, ["session", "turns", "branches", "last used", "model"])
+
+
+def _session_json(session: Session, names: list[str], counts: dict[int, int]) -> dict[str, Any]:
+    row = session._row
+    return {
+        "name": session.name,
+        "branches": names,
+        "turns": counts.get(row.row, 0),
+        "model": session.settings.get("model"),
+        "dtype": session.settings.get("dtype"),
+        "created": iso_time(row.created),
+        "updated": iso_time(row.updated),
+    }
+
+
+def _no_sessions(options: Options) -> None:
+    if options.json:
+        return print_json({"sessions": []})
+    click.echo("no sessions yet")
+    return dim('kvloom say NAME "some text" begins one')
+
+
+@click.command(short_help="List the branches of a session.")
+@shared
+@ref_argument("session", metavar="SESSION")
+def branches(options: Options, session: str) -> None:
+    """List the branches of SESSION: where each has got to, and what was said last on it.
+
+    \b
+    Example:
+      kvloom branches trip
+    """
+    with reading(options) as reader:
+        found = reader.find(parse(session)[0].session)
+        names = [branch.name for branch in found.branches()]
+        turns = found.tree()
+        with reader.database.read() as conn:
+            short = short_ids(conn, found._row.row)
+    depth: dict[str, int] = {}
+    for turn in turns:
+        depth[turn.id] = 1 + (depth[turn.parent] if turn.parent else 0)
+    tips = {name: turn for turn in turns for name in turn.branches}
+    listed = [_branch_json(name, tips.get(name), depth) for name in names]
+    if options.json:
+        return print_json({"session": found.name, "branches": listed})
+    rows = [[b["name"], short(b["turn"]), str(b["turns"]), preview(b["text"])] for b in listed]
+    return columns(rows, ["branch", "turn", "turns", "last said"])
+
+
+def _branch_json(name: str, tip: TreeTurn | None, depth: dict[str, int]) -> dict[str, Any]:
+    if tip is None:
+        return {"name": name, "turn": None, "turns": 0, "text": ""}
+    return {"name": name, "turn": tip.id, "turns": depth[tip.id], "text": tip.text}
+
+
+@click.command(short_help="Show a conversation from its beginning to a point.")
+@shared
+@ref_argument()
+@click.option("-n", "--last", type=click.IntRange(1), metavar="N", help="Only the last N turns.")
+def log(options: Options, ref: str, last: int | None) -> None:
+    """Show what was said, from the first turn down to REF (default: the branch main).
+
+    \b
+    Example:
+      kvloom log trip
+      kvloom log trip@main~2 --last 4
+    """
+    at, point = parse(ref)
+    with reading(options) as reader:
+        session = reader.find(at.session)
+        found = reader.resolve(at)
+        turns = session.log(point)
+        with reader.database.read() as conn:
+            short = short_ids(conn, session._row.row)
+    turns = turns[-last:] if last else turns
+    branch = found.branch.name if found.branch else None
+    if options.json:
+        return print_json({"session": session.name, "branch": branch, "turns": [turn_json(t) for t in turns]})
+    return print_turns(turns, short)
+
+
+def print_turns(turns: Sequence[TreeTurn], short: Callable[[str | None], str]) -> None:
+    """Turns in full, one after another."""
+    if not turns:
+        dim("nothing was said yet")
+    for number, turn in enumerate(turns):
+        _print_turn(turn, short(turn.id), first=number == 0)
+
+
+def turn_json(turn: TreeTurn) -> dict[str, Any]:
+    """A turn as ``log`` and ``tree`` print it with ``--json``."""
+    return {**turn.to_json(), "created": iso_time(turn.created)}
+
+
+def labels(turn: TreeTurn) -> list[str]:
+    """What is noted beside a turn: branches, tags, and that it did not end by itself."""
+    notes = [f"[{name}]" for name in turn.branches] + [f"#{name}" for name in turn.tags]
+    if turn.continues:
+        notes.append("(continued)")
+    if turn.finish_reason in ("interrupted", "length"):
+        notes.append(f"({turn.finish_reason})")
+    return notes
+
+
+def _print_turn(turn: TreeTurn, short: str, *, first: bool) -> None:
+    notes = " ".join([short, f"{turn.tokens} tokens", *labels(turn)] if turn.tokens else [short, *labels(turn)])
+    head = f"{styled_role(turn.role)}  {click.style(notes, dim=True)}"
+    click.echo(head if first else f"\n{head}")
+    click.echo(clean(turn.text))
+
+
+@click.command(short_help="Show one turn in full.")
+@shared
+@ref_argument(metavar="REF")
+def show(options: Options, ref: str) -> None:
+    """Show the turn that REF names in full: text, tokens, settings, timings, and how its state was computed.
+
+    \b
+    Example:
+      kvloom show trip@main~1
+      kvloom show trip@3f2a --json
+    """
+    at, _ = parse(ref)
+    from kvloom_store import turns
+
+    with reading(options) as reader:
+        found = reader.resolve(at)
+        with reader.database.read() as conn:
+            settings = found.session.settings
+            head = {
+                "session": found.session.name,
+                "branch": found.branch.name if found.branch else None,
+                "model": settings.get("model"),
+                "dtype": settings.get("dtype"),
+                "turn": None,
+            }
+            if found.turn is not None:
+                turn = turns.get(conn, found.turn)
+                parent = turns.get(conn, turn.parent).id if turn.parent is not None else None
+                states = [_state_json(conn, state) for state in turns.states_of(conn, [turn.row])]
+                head["turn"] = _full_json(turn, parent, states, _names(conn, found))
+    if options.json:
+        return print_json(head)
+    return _print_full(head)
+
+
+def _names(conn: sa.Connection, found: Point) -> dict[str, list[str]]:
+    from kvloom_store import refs
+
+    row = found.session.row
+    return {
+        "branches": [branch.name for branch in refs.branches(conn, row) if branch.turn == found.turn],
+        "tags": [name for name, at in refs.tags(conn, row).items() if at == found.turn],
+    }
+
+
+def _full_json(
+    turn: Turn, parent: str | None, states: list[dict[str, Any]], names: dict[str, list[str]]
+) -> dict[str, Any]:
+    return {
+        "id": turn.id,
+        "parent": parent,
+        "role": turn.role,
+        "text": turn.text,
+        **names,
+        "finish_reason": turn.finish_reason,
+        "continues": turn.continues,
+        "created": iso_time(turn.created),
+        "settings": turn.settings,
+        "timings": turn.timings,
+        "states": states,
+    }
+
+
+def _state_json(conn: sa.Connection, state: TurnState) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from kvloom_store import roots
+    from kvloom_store.segments import provenance_of
+
+    passes = state.schedule.passes
+    return {
+        "model": roots.model_of_root(conn, state.root)["name"],
+        "start": state.start,
+        "end": state.end,
+        "tokens": state.tokens,
+        "computed": [state.state_start, state.state_end],
+        "held": state.segment is not None or state.state_end == state.state_start,
+        "variant": state.variant,
+        "schedule": {
+            "unknown": state.schedule.unknown,
+            "passes": [{"start": p.start, "tokens": p.tokens, "count": p.count} for p in passes],
+        },
+        "provenance": asdict(provenance_of(conn, state.provenance)),
+    }
+
+
+def _print_full(head: dict[str, Any]) -> None:
+    facts: list[tuple[str, object]] = [("session", head["session"]), ("model", f"{head['model']}, {head['dtype']}")]
+    turn = head["turn"]
+    if turn is None:
+        _print_facts(facts)
+        return dim("nothing was said yet")
+    names = [f"[{name}]" for name in turn["branches"]] + [f"#{name}" for name in turn["tags"]]
+    facts += [("turn", " ".join([turn["id"], *names])), ("parent", turn["parent"] or "none, it is the first")]
+    facts += [("said", turn["created"])]
+    if turn["finish_reason"]:
+        facts.append(("ended by", turn["finish_reason"]))
+    facts += [("settings", _pairs(turn["settings"])), ("timings", _timings(turn["timings"]))]
+    for state in turn["states"]:
+        facts += _state_facts(state)
+    _print_facts(facts)
+    click.echo()
+    click.echo(styled_role(turn["role"]))
+    return click.echo(clean(turn["text"]))
+
+
+def _state_facts(state: dict[str, Any]) -> list[tuple[str, object]]:
+    start, end = state["computed"]
+    kind = "variant, " if state["variant"] else ""
+    held = "held" if state["held"] else "not held (it is replayed when needed)"
+    passes = sum(each["count"] for each in state["schedule"]["passes"])
+    how = "unknown schedule" if state["schedule"]["unknown"] else f"{passes} passes"
+    where = state["provenance"]
+    return [
+        ("tokens", f"{len(state['tokens'])}, at positions {state['start']} to {state['end']}"),
+        ("state", f"{kind}{held}; positions {start} to {end} in {how}"),
+        ("computed on", f"{where['device']}, {where['threads']} threads, torch {where['torch']}"),
+    ]
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items() if value not in (None, [], ""))
+
+
+def _timings(values: dict[str, Any]) -> str:
+    named = {"first_token": "first token", "restore": "restore", "total": "total"}
+    return ", ".join(f"{named.get(key, key)} {seconds(value)}" for key, value in values.items() if value is not None)
+
+
+def _print_facts(facts: list[tuple[str, object]]) -> None:
+    for name, value in facts:
+        if value:
+            click.echo(f"{click.style(f'{name:<12}', dim=True)}{clean(str(value))}")

@@ -1,0 +1,254 @@
+"""Commands that run the model: say, continue, regenerate."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvloom.cli.common import F, Options, ref_argument, shared
+from kvloom.cli.opening import Talk, model_options, talking
+from kvloom.cli.terminal import clean, dim, print_json, seconds, stdout_is_terminal, warn
+
+if TYPE_CHECKING:
+    from kvloom.report import Reply
+    from kvloom.run import Run
+
+
+def sampling_options(command: F) -> F:
+    """How to choose the tokens of a reply."""
+    for option in reversed(
+        [
+            click.option("--max-tokens", type=int, metavar="N", help="End the reply after N tokens (default 512)."),
+            click.option("--temperature", type=float, metavar="T", help="0: always the likeliest token (default)."),
+            click.option("--top-k", type=int, metavar="K", help="Choose among the K likeliest tokens."),
+            click.option("--top-p", type=float, metavar="P", help="Choose among those that make up P of the whole."),
+            click.option(
+                "--min-p", type=float, metavar="P", help="Only tokens at least P times as likely as the best."
+            ),
+            click.option("--repetition-penalty", type=float, metavar="R", help="Above 1: repeat less."),
+            click.option("--seed", type=int, metavar="N", help="The same seed gives the same reply."),
+            click.option("--stop", multiple=True, metavar="TEXT", help="End before this text (can be repeated)."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def sampling(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings that were given, taken out of a command's options and checked before anything is opened."""
+    from dataclasses import fields
+
+    from kvloom.sampling import SamplingSettings
+
+    given = {field.name: values.pop(field.name) for field in fields(SamplingSettings)}
+    given = {name: value for name, value in given.items() if value not in (None, ())}
+    SamplingSettings.from_plain(given)
+    return given
+
+
+@click.command(short_help="Say something and get a reply; for scripts.")
+@shared
+@ref_argument()
+@click.argument("text", metavar="TEXT|-")
+@click.option("--system", metavar="TEXT", help="The system prompt of a new session.")
+@model_options
+@sampling_options
+@click.option("--no-reuse", is_flag=True, help="Load no stored state: compute everything anew.")
+@click.option("--require-reuse", is_flag=True, help="Fail unless the whole stored prefix is reused.")
+def say(options: Options, ref: str, text: str, system: str | None, no_reuse: bool, **values: Any) -> None:
+    """Say TEXT at REF and print the reply as it comes. A new SESSION is made; "-" reads TEXT from stdin.
+
+    On a branch, the branch moves on. At a turn, a tag or SESSION@BRANCH~N, a new branch is made.
+    Ctrl-C stops the reply; what was said is kept, and "kvloom continue" goes on with it.
+
+    \b
+    Example:
+      kvloom say trip "Name a city in Italy." --system "You are brief."
+      kvloom say trip@main~2 "Name a city in Spain."
+      cat notes.txt | kvloom say notes - --max-tokens 100 --json
+    """
+    if no_reuse and values["require_reuse"]:
+        raise click.UsageError("--no-reuse and --require-reuse exclude each other")
+    settings = sampling(values)
+    said = _text(text)
+    required = values["require_reuse"]
+
+    with talking(options, ref, system=system, create=True, model=values["model"], dtype=values["dtype"]) as talk:
+        finish(
+            options,
+            talk,
+            lambda cancel: talk.branch.stream(
+                said,
+                reuse=not no_reuse,
+                require_reuse=required,
+                cancel=cancel,
+                progress=talk.progress.passes,
+                **settings,
+            ),
+        )
+
+
+@click.command("continue", short_help="Go on with a reply that was stopped.")
+@shared
+@ref_argument()
+@model_options
+@sampling_options
+def continue_(options: Options, ref: str, model: str | None, dtype: str | None, **values: Any) -> None:
+    """Go on with the reply at REF that was interrupted or met its limit, just where it stopped.
+
+    \b
+    Example:
+      kvloom continue trip
+      kvloom continue trip@main --max-tokens 200
+    """
+    settings = sampling(values)
+    with talking(options, ref, model=model, dtype=dtype) as talk:
+        finish(
+            options,
+            talk,
+            lambda cancel: talk.branch.continue_reply(cancel=cancel, progress=talk.progress.passes, **settings),
+        )
+
+
+@click.command(short_help="Get another reply to the last message.")
+@shared
+@ref_argument()
+@model_options
+@sampling_options
+def regenerate(options: Options, ref: str, model: str | None, dtype: str | None, **values: Any) -> None:
+    """Get another reply to the last message at REF; the one before stays in the tree.
+
+    \b
+    Example:
+      kvloom regenerate trip --temperature 0.8
+      kvloom regenerate trip@main --temperature 0.8 --seed 7
+    """
+    settings = sampling(values)
+    with talking(options, ref, model=model, dtype=dtype) as talk:
+        finish(
+            options,
+            talk,
+            lambda cancel: talk.branch.regenerate(cancel=cancel, progress=talk.progress.passes, **settings),
+        )
+
+
+def finish(options: Options, talk: Talk, start: Callable[[threading.Event], Run]) -> None:
+    """Run to the end, print it as was asked for, and leave with 130 if it was interrupted."""
+    with interruptible() as stopped:
+        reply, closed = stream(start(stopped.cancel), talk.progress.stop, stopped.cancel, quiet=options.json)
+    if options.json and closed is None:
+        print_json(reply.to_json())
+    if talk.note:
+        dim(talk.note)
+    tell(reply, brief=options.json)
+    if closed is not None:
+        raise closed
+    if stopped.signal:
+        raise click.exceptions.Exit(128 + stopped.signal)
+
+
+def stream(
+    run: Run, settled: Callable[[], None], cancel: threading.Event, *, quiet: bool = False
+) -> tuple[Reply, BrokenPipeError | None]:
+    """Print the pieces of a run as they come. If nobody reads them, stop it: what was said is kept."""
+    closed: BrokenPipeError | None = None
+    ended_line = True
+    try:
+        for piece in run:
+            settled()
+            if quiet or closed is not None:
+                continue
+            try:
+                sys.stdout.write(clean(piece) if stdout_is_terminal() else piece)
+                sys.stdout.flush()
+            except BrokenPipeError as error:
+                closed = error
+                cancel.set()
+            ended_line = piece.endswith("\n")
+    finally:
+        settled()
+    if not quiet and closed is None and not ended_line:
+        click.echo()
+    return run.reply, closed
+
+
+def tell(reply: Reply, *, brief: bool = False) -> None:
+    """What the run should be known for, on stderr: notices, and the dim line."""
+    for notice in reply.notices:
+        warn(notice)
+    if brief:
+        return
+    tokens = reply.tokens
+    parts = [f"{reply.session}@{reply.branch}"]
+    if reply.finish_reason != "stop":
+        parts.append({"length": "stopped at its limit"}.get(reply.finish_reason, reply.finish_reason))
+    parts.append(f"reused {tokens.reused}, replayed {tokens.replayed}, computed {tokens.computed}")
+    if reply.seconds.first_token is not None:
+        parts.append(f"first token {seconds(reply.seconds.first_token)}")
+    if reply.tokens_per_second is not None:
+        parts.append(f"{reply.tokens_per_second:.1f} tokens/s")
+    dim(" · ".join(parts))
+
+
+class Stopped:
+    """What asked a run to stop: ``signal`` is 0 while nothing did."""
+
+    def __init__(self) -> None:
+        self.cancel = threading.Event()
+        self.signal = 0
+
+    @property
+    def asks_to_leave(self) -> bool:
+        """Whether the whole program was asked to end, not only the reply."""
+        return self.signal not in (0, signal.SIGINT)
+
+
+@contextmanager
+def interruptible() -> Iterator[Stopped]:
+    """Ctrl-C (or a request to end) asks the run to stop, which keeps what was said; a second one insists."""
+    stopped = Stopped()
+
+    def stop(number: int, _frame: object) -> None:
+        if stopped.cancel.is_set():
+            raise KeyboardInterrupt
+        stopped.signal = number
+        stopped.cancel.set()
+
+    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    before = [(number, signal.signal(number, stop)) for number in numbers]
+    try:
+        yield stopped
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+def _text(given: str) -> str:
+    """TEXT, or what is on stdin; refused here if it is empty, before anything is opened."""
+    from kvloom.errors import InvalidText, LimitExceeded
+    from kvloom.session import check_unicode
+    from kvloom_proto.limits import MAX_TURN_BYTES
+
+    text = given
+    if given == "-":
+        if sys.stdin.isatty():
+            dim("type the text, then Ctrl-D")
+        data = sys.stdin.buffer.read(MAX_TURN_BYTES + 1)
+        if len(data) > MAX_TURN_BYTES:
+            raise LimitExceeded("the text on stdin", len(data), MAX_TURN_BYTES)
+        try:
+            text = data.decode()
+        except UnicodeDecodeError as error:
+            message = f"stdin is not valid UTF-8 (byte {error.start})"
+            raise InvalidText(message, hint="convert it first: iconv -t UTF-8") from error
+        text = text.removesuffix("\n").removesuffix("\r")
+    if not text.strip():
+        raise InvalidText("there is nothing to say", hint="give some text, or - to read it from stdin")
+    check_unicode(text)
+    return text

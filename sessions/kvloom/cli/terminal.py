@@ -1,0 +1,122 @@
+"""What reaches the terminal: text that is only text, one JSON object, dim lines, warnings."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import sys
+from datetime import UTC, datetime
+from typing import Any
+
+import click
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNSAFE_JSON = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_ROLES = {"system": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow"}
+
+
+def clean(text: str) -> str:
+    """Text without anything a terminal would obey: control characters become visible signs."""
+    return _CONTROL.sub(_visible, text.replace("\r\n", "\n"))
+
+
+def _visible(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if code < 0x20:
+        return chr(0x2400 + code)
+    return "\u2421" if code == 0x7F else "\ufffd"
+
+
+def preview(text: str, characters: int = 200) -> str:
+    """The first words of a text, in one line."""
+    return clean(" ".join(text[: 4 * characters].split()))[:characters]
+
+
+def print_json(value: Any) -> None:
+    """The one object ``--json`` puts on stdout."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    click.echo(_UNSAFE_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
+
+
+def dim(text: str) -> None:
+    """A remark: on stderr, dim where that is a terminal."""
+    click.echo(click.style(clean(text), dim=True), err=True)
+
+
+def warn(text: str) -> None:
+    """A warning, in one line on stderr."""
+    click.echo(f"{click.style('warning:', fg='yellow')} {clean(text)}", err=True)
+
+
+def role_style(role: str) -> str:
+    """The colour of a role, the same everywhere."""
+    return _ROLES.get(role, "white")
+
+
+def styled_role(role: str) -> str:
+    """A role in its colour."""
+    return click.style(clean(role), fg=role_style(role), bold=True)
+
+
+def local_time(us: int) -> str:
+    """A moment as people read it, in their own time zone."""
+    return datetime.fromtimestamp(us / 1e6).strftime("%Y-%m-%d %H:%M")
+
+
+def iso_time(us: int) -> str:
+    """A moment as programs read it."""
+    return datetime.fromtimestamp(us / 1e6, UTC).isoformat(timespec="seconds")
+
+
+def size(count: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def seconds(value: float) -> str:
+    """A duration as people read it."""
+    return f"{value:.2f} s" if value >= 0.1 else f"{value * 1000:.0f} ms"
+
+
+def stdout_is_terminal() -> bool:
+    """Whether what is printed is read by a person, now."""
+    return sys.stdout.isatty()
+
+
+def wants_color() -> bool | None:
+    """What click's ``color`` is set to: False where the user asked for none, None to look at the stream."""
+    return False if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" else None
+
+
+def never_fail_to_print() -> None:
+    """Have characters that the locale cannot show replaced: a reply must not end in an encoding error.
+
+    A stream that was closed before we began is one nobody reads.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (it stays open as long as we run)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def columns(rows: list[list[str]], header: list[str]) -> None:
+    """A plain table: as wide as its cells, the last column cut at the terminal's edge."""
+    from rich.cells import cell_len, set_cell_size
+
+    widths = [max(cell_len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    room = shutil.get_terminal_size().columns
+    for number, row in enumerate([header, *rows]):
+        cells = [cell + " " * (width - cell_len(cell)) for cell, width in zip(row[:-1], widths, strict=False)]
+        left = max(room - sum(widths[:-1]) - 2 * len(cells), 8)
+        last = row[-1] if cell_len(row[-1]) <= left else set_cell_size(row[-1], left - 1) + "…"
+        line = "  ".join([*cells, last]).rstrip()
+        click.echo(click.style(line, dim=True) if number == 0 else line)
