@@ -46,7 +46,7 @@ def measure(store: Path, dtype: str, rounds: int) -> dict[str, Any]:
         with loom.database.read() as conn:
             from kvloom_store import trie, turns
 
-            last = max(turns.of_session(conn, branch.session._row.row), key=lambda turn: turn.row)
+            last = max(turns.of_session(conn, branch.session.row.row), key=lambda turn: turn.row)
             state = turns.states_of(conn, [last.row])[0]
             ids = trie.tokens_to(conn, state.position.node, state.position.offset)
         held, end = reply.tokens.reused, reply.tokens.reused + reply.tokens.computed

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvloom.errors import Closed, EngineError, RefExists
 from kvloom.session import Session
-from kvloom_store import names, refs, removal, roots, segments, turns
+from kvloom_store import names, refs, turns
 from kvloom_store.database import Database, default_path
-from kvloom_store.writer import Writer
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from kvloom.models import Progress
     from kvloom.prefetch import Prefetch
     from kvloom.resume import Resumer
+    from kvloom_store.writer import Writer
 
 DEFAULT_CODEC = "auto"
 
@@ -51,7 +51,7 @@ class KVLoom:
             NotAStore, SchemaTooNew, StoreUnavailable, StoreLocked
         """
         self.database = Database(Path(path) if path is not None else default_path(), must_exist=must_exist)
-        self.writer = Writer(self.database, codec_name=codec)
+        self._codec = codec
         self._model = model
         self._dtype = dtype
         self._device = device
@@ -71,8 +71,17 @@ class KVLoom:
         return load_engine(self._model, dtype=self._dtype, device=self._device, progress=self._progress)
 
     @cached_property
+    def writer(self) -> Writer:
+        """What stores state behind the conversation."""
+        from kvloom_store.writer import Writer
+
+        return Writer(self.database, codec_name=self._codec)
+
+    @cached_property
     def root(self) -> int:
         """The row of this model's trie."""
+        from kvloom_store import roots, segments
+
         identity = self.engine.identity()
         with self.database.write() as conn:
             segments.sweep(conn)
@@ -133,9 +142,16 @@ class KVLoom:
         with self.database.read() as conn:
             return [Session(self, row) for row in refs.sessions(conn)]
 
+    def resolve(self, ref: names.Ref) -> refs.Point:
+        """What a ref points at. Raises RefNotFound with the nearest names."""
+        with self.database.read() as conn:
+            return refs.resolve(conn, ref)
+
     def remove(self, name: str) -> None:
         """Take a session away, with the state that no other one shares. Raises RefNotFound."""
-        self.writer.flush()
+        from kvloom_store import removal
+
+        self.flush()
         with self.database.write() as conn:
             removal.remove_session(conn, refs.get_session(conn, name).row)
 
@@ -180,7 +196,8 @@ class KVLoom:
 
     def flush(self) -> None:
         """Wait until all state is stored. Raises StoreError if some could not be; the turns are safe."""
-        self.writer.flush()
+        if "writer" in self.__dict__:
+            self.writer.flush()
 
     def close(self) -> None:
         """Store what is waiting and close the file. Raises what ``flush`` raises."""
@@ -188,8 +205,9 @@ class KVLoom:
             return
         self._closed = True
         try:
-            self.writer.close()
-            self.database.checkpoint()
+            if "writer" in self.__dict__:
+                self.writer.close()
+                self.database.checkpoint()
         finally:
             self.database.close()
 

@@ -55,6 +55,11 @@ class Session:
         return self._row.name
 
     @property
+    def row(self) -> SessionRow:
+        """The session as the store has it."""
+        return self._row
+
+    @property
     def settings(self) -> Mapping[str, Any]:
         """What was fixed when the session began: model, dtype, chat template, its options and clock."""
         return self._row.settings
@@ -166,6 +171,11 @@ class Branch:
     def name(self) -> str:
         """The branch's name."""
         return self._row.name
+
+    @property
+    def row(self) -> BranchRow:
+        """The branch as the store had it when this object last looked."""
+        return self._row
 
     def say(self, text: str, **options: Any) -> Any:
         """Say something and wait for the whole reply: a ``Reply``. Takes what ``stream`` takes."""

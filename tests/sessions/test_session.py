@@ -232,4 +232,4 @@ def test_figures_count_each_tokens_state_once(loom: kvloom.KVLoom):
     assert found["bytes"]["state_logical"] % width == 0
     assert found["bytes"]["state_logical"] // width == found["tokens"] - 1  # one token is pending
     assert found["bytes"]["state_if_snapshots"] == 2 * found["bytes"]["state_logical"]
-    assert stats(loom.database, loom.find("a")._row.row)["tokens"] == found["tokens"]
+    assert stats(loom.database, loom.find("a").row.row)["tokens"] == found["tokens"]

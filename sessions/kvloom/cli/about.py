@@ -41,7 +41,7 @@ def stats(options: Options, session: str | None) -> None:
         found["bytes"] = dict.fromkeys(("file", "state_stored", "state_logical", "state_if_snapshots"), 0)
     else:
         with reading(options) as reader:
-            row = reader.find(parse(session)[0].session)._row.row if session else None
+            row = reader.find(parse(session)[0].session).row.row if session else None
             found = count(reader.database, row)
     return print_json(found) if options.json else print_stats(found)
 

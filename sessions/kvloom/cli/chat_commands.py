@@ -70,7 +70,7 @@ def _tree(chat: Chat, _rest: str) -> None:
     tips = {name for turn in turns for name in turn.branches}
     empty = [branch.name for branch in chat.session.branches() if branch.name not in tips]
     with chat.loom.database.read() as conn:
-        short = short_ids(conn, chat.session._row.row)
+        short = short_ids(conn, chat.session.row.row)
     print_tree(chat.session.name, turns, short, empty, current=chat.branch.name)
 
 
@@ -97,7 +97,7 @@ def _log(chat: Chat, _rest: str) -> None:
 
     turns = chat.branch.log()
     with chat.loom.database.read() as conn:
-        print_turns(turns, short_ids(conn, chat.session._row.row))
+        print_turns(turns, short_ids(conn, chat.session.row.row))
 
 
 def _stats(chat: Chat, _rest: str) -> None:
@@ -106,7 +106,7 @@ def _stats(chat: Chat, _rest: str) -> None:
     from kvloom_store.stats import stats
 
     chat.loom.flush()
-    print_stats(stats(chat.loom.database, chat.session._row.row))
+    print_stats(stats(chat.loom.database, chat.session.row.row))
 
 
 def _quit(_chat: Chat, _rest: str) -> None:

@@ -17,10 +17,7 @@ if TYPE_CHECKING:
     import sqlalchemy as sa
 
     from kvloom.loom import KVLoom
-    from kvloom.session import Session
-    from kvloom_store.database import Database
     from kvloom_store.names import Ref
-    from kvloom_store.refs import Point
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -85,46 +82,13 @@ def shared(command: F) -> F:
     return store_option(json_option(cast(F, pass_options(command))))
 
 
-class Reader:
-    """A store opened without a model and without a writer: quick to open, enough to look and to move names."""
-
-    def __init__(self, path: Path) -> None:
-        from kvloom_store.database import Database
-
-        self.database: Database = Database(path, must_exist=True)
-
-    def sessions(self) -> list[Session]:
-        """Every session, the one used last first."""
-        from kvloom.session import Session
-        from kvloom_store import refs
-
-        with self.database.read() as conn:
-            return [Session(cast("KVLoom", self), row) for row in refs.sessions(conn)]
-
-    def find(self, name: str) -> Session:
-        """The session of that name. Raises RefNotFound with the nearest names."""
-        from kvloom.session import Session
-        from kvloom_store import refs
-
-        with self.database.read() as conn:
-            return Session(cast("KVLoom", self), refs.get_session(conn, name))
-
-    def resolve(self, ref: Ref) -> Point:
-        """What a ref points at."""
-        from kvloom_store import refs
-
-        with self.database.read() as conn:
-            return refs.resolve(conn, ref)
-
-
 @contextmanager
-def reading(options: Options) -> Iterator[Reader]:
-    """The store, to look at. Raises StoreUnavailable where there is none."""
-    reader = Reader(options.path)
-    try:
-        yield reader
-    finally:
-        reader.database.close()
+def reading(options: Options) -> Iterator[KVLoom]:
+    """The store, to look at and to move names; no model is loaded. Raises StoreUnavailable where there is none."""
+    from kvloom.loom import KVLoom
+
+    with KVLoom(options.path, must_exist=True) as loom:
+        yield loom
 
 
 def parse(text: str) -> tuple[Ref, str | None]:

@@ -86,8 +86,6 @@ def rm(options: Options, session: str, yes: bool) -> None:
       kvloom rm trip
       kvloom rm trip --yes
     """
-    from kvloom_store import removal
-
     with reading(options) as reader:
         found = reader.find(session)
         turns = len(found.tree())
@@ -95,8 +93,7 @@ def rm(options: Options, session: str, yes: bool) -> None:
             if not sys.stdin.isatty() or options.json:
                 raise click.UsageError(f"this deletes {turns} turns; say --yes if you mean it")
             click.confirm(f"Delete {clean(session)} with its {turns} turns?", abort=True, err=True)
-        with reader.database.write() as conn:
-            removal.remove_session(conn, found._row.row)
+        reader.remove(session)
     if options.json:
         return print_json({"session": session, "turns": turns})
     return click.echo(f"{session} is deleted ({turns} turns)")

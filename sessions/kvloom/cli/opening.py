@@ -167,7 +167,7 @@ def _undo(loom: KVLoom, made: list[Branch | Session]) -> None:
                 continue
             with loom.database.write() as conn:
                 point = refs.resolve(conn, parse(f"{each.session.name}@{each.name}")[0])
-                if point.branch is not None and point.turn == each._row.turn:
+                if point.branch is not None and point.turn == each.row.turn:
                     refs.remove_branch(conn, point.branch.row)
     except KVLoomError as error:
         warn(f"could not tidy up: {error}")

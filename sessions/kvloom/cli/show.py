@@ -52,14 +52,14 @@ def ls(options: Options) -> None:
         return _no_sessions(options)
     rows = []
     for session, names in found:
-        turns_here, used = counts.get(session._row.row, 0), local_time(session._row.updated)
+        turns_here, used = counts.get(session.row.row, 0), local_time(session.row.updated)
         model = clean(str(session.settings.get("model")))
         rows.append([session.name, str(turns_here), str(len(names)), used, model])
     return columns(rows, ["session", "turns", "branches", "last used", "model"])
 
 
 def _session_json(session: Session, names: list[str], counts: dict[int, int]) -> dict[str, Any]:
-    row = session._row
+    row = session.row
     return {
         "name": session.name,
         "branches": names,
@@ -93,7 +93,7 @@ def branches(options: Options, session: str) -> None:
         names = [branch.name for branch in found.branches()]
         turns = found.tree()
         with reader.database.read() as conn:
-            short = short_ids(conn, found._row.row)
+            short = short_ids(conn, found.row.row)
     depth: dict[str, int] = {}
     for turn in turns:
         depth[turn.id] = 1 + (depth[turn.parent] if turn.parent else 0)
@@ -129,7 +129,7 @@ def log(options: Options, ref: str, last: int | None) -> None:
         found = reader.resolve(at)
         turns = session.log(point)
         with reader.database.read() as conn:
-            short = short_ids(conn, session._row.row)
+            short = short_ids(conn, session.row.row)
     turns = turns[-last:] if last else turns
     branch = found.branch.name if found.branch else None
     if options.json:

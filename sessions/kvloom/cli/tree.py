@@ -40,7 +40,7 @@ def tree(options: Options, session: str) -> None:
         found = reader.find(parse(session)[0].session)
         turns = found.tree()
         with reader.database.read() as conn:
-            short = short_ids(conn, found._row.row)
+            short = short_ids(conn, found.row.row)
     if options.json:
         turns_json = [turn_json(turn) for turn in turns]
         return print_json({"session": found.name, "branch": None, "turns": turns_json})
