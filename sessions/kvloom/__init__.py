@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 from kvloom._version import __version__
 
 if TYPE_CHECKING:
+    from kvloom.branch import Branch
     from kvloom.engine import TransformersEngine
     from kvloom.errors import KVLoomError
     from kvloom.loom import KVLoom, load_engine, open
     from kvloom.report import Reply, Seconds, Tokens
     from kvloom.sampling import SamplingSettings
-    from kvloom.session import Branch, Session, TreeTurn
+    from kvloom.session import Session, TreeTurn
     from kvloom.template import ChatTemplate
 
 __all__ = [
@@ -45,7 +46,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "Branch": "session",
+    "Branch": "branch",
     "ChatTemplate": "template",
     "KVLoom": "loom",
     "KVLoomError": "errors",

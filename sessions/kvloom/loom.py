@@ -168,7 +168,7 @@ class KVLoom:
         return loop.capture(self, ids, cache)
 
     def _create(self, name: str, system: str | None, source: str | None, options: Mapping[str, Any] | None) -> Session:
-        from kvloom.session import check_unicode
+        from kvloom.branch import check_unicode
         from kvloom.template import ChatTemplate
 
         names.check_name("session", name)

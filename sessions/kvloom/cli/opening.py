@@ -17,7 +17,8 @@ from kvloom.cli.terminal import warn
 
 if TYPE_CHECKING:
     from kvloom.loom import KVLoom
-    from kvloom.session import Branch, Session
+    from kvloom.branch import Branch
+    from kvloom.session import Session
     from kvloom_store.names import Ref
 
 
