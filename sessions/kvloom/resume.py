@@ -21,7 +21,7 @@ from kvloom.errors import EngineError, ReuseRequired, StoreError
 from kvloom.live import TORCH_DTYPES, Link, LiveState
 from kvloom.prefetch import Prefetch
 from kvloom_proto.records import Schedule
-from kvloom_store import held, restore, segments, trie, turns
+from kvloom_store import healing, held, restore, segments, trie, turns
 from kvloom_store.database import Database
 from kvloom_store.restore import StateDamaged
 from kvloom_store.rows import RowBuffer
@@ -138,34 +138,50 @@ class Resumer:
         cancel: threading.Event | None,
         progress: Progress | None,
     ) -> None:
-        """Let ``live`` hold the state of a turn up to position ``upto``."""
-        if live.chain and live.chain[-1].handle.state == tip.row and live.length == upto:
-            return None
+        """Let ``live`` hold the state of a turn up to position ``upto``.
+
+        First down, from the turn to what it stands on, until there is state that can be loaded; then up again,
+        running the recorded passes of the turns in between.
+        """
+        if _holds(live, tip, upto):
+            return
         self._flush(live, account)  # from here on every piece of state has its row
-        with self.database.read() as conn:
-            tip = turns.state(conn, tip.row)
-            base = self._base_of(conn, tip)
-        if upto <= tip.state_start:  # the turn added no rows of its own: its state is its base's
-            if base is not None:
-                return self._bring_back(live, base, upto, account, require_reuse, cancel, progress)
-            return self._load_or_empty(live, tip.base_segment, upto, account)
-        damaged = False
-        if tip.segment is not None:
-            try:
-                return self._load(live, tip.segment, upto, account)
-            except StateDamaged as error:
-                damaged = True
-                account.notices.append(f"{error}; computed again from the tokens")
-        if require_reuse:
-            raise ReuseRequired(min(live.captured, tip.state_start), upto)
-        if base is not None:
-            self._bring_back(live, base, tip.state_start, account, require_reuse, cancel, progress)
-        else:
-            self._load_or_empty(live, tip.base_segment, tip.state_start, account)
-        self._replay(live, tip, damaged, cancel, progress)
-        account.replayed += tip.state_end - tip.state_start
-        live.truncate(upto)
-        return None
+        to_replay: list[tuple[TurnState, int, bool]] = []
+        state: TurnState | None = tip
+        while state is not None and not _holds(live, state, upto):
+            with self.database.read() as conn:
+                state = turns.state(conn, state.row)
+                base = self._base_of(conn, state)
+            damaged = False
+            if upto > state.state_start:  # else the turn added no rows of its own: its state is its base's
+                damaged = state.segment is not None and not self._loaded(live, state.segment, upto, account)
+                if state.segment is not None and not damaged:
+                    break
+                if require_reuse:
+                    raise ReuseRequired(min(live.captured, state.state_start), upto)
+                to_replay.append((state, upto, damaged))
+                upto = state.state_start
+            if base is None:
+                self._load_or_empty(live, state.base_segment, upto, account)
+            state = base
+        for state, end, damaged in reversed(to_replay):
+            # The damage may have been further down, and is mended now.
+            if damaged and state.segment is not None and self._loaded(live, state.segment, end, account):
+                continue
+            self._replay(live, state, damaged, cancel, progress)
+            account.replayed += state.state_end - state.state_start
+            live.truncate(end)
+
+    def _loaded(self, live: LiveState, segment: int, upto: int, account: Account) -> bool:
+        """Load a segment's chain; False, and a notice, if it is damaged."""
+        try:
+            self._load(live, segment, upto, account)
+        except StateDamaged as error:
+            notice = f"{error}; computed again from the tokens"
+            if notice not in account.notices:
+                account.notices.append(notice)
+            return False
+        return True
 
     def _flush(self, live: LiveState, account: Account) -> bool:
         """Wait for the writer. If it failed (a full disk), say so, and let go of the state that has no row.
@@ -216,7 +232,16 @@ class Resumer:
         live.truncate(tip.state_start)
         live.reserve(tip.state_end)
         self.engine.replay(live, ids[: tip.state_end], tip.schedule, recorded, cancel=cancel, progress=progress)
-        if damaged and tip.segment is not None and segments.heal(self.database, live.source, tip.segment):
+        base = live.chain[-1].handle.segment if live.chain else None
+        draft = segments.Draft(
+            tip.position.node, live.captured, live.length, base, live.layers, tip.schedule, tip.provenance
+        )
+        codec = self.writer.codec_name
+        if (
+            damaged
+            and tip.segment is not None
+            and healing.heal(self.database, live.source, tip.segment, draft, codec_name=codec)
+        ):
             live.chain.append(Link(Handle(tip.segment, tip.row), live.captured, live.length))
         else:
             self.capture(live, tip.position, tip.schedule, tip.provenance, tip.row)
@@ -302,6 +327,10 @@ class Resumer:
         if hidden is not None:
             live.hidden = hidden_tensor(*hidden, self.engine.device)
         return None
+
+
+def _holds(live: LiveState, state: TurnState, upto: int) -> bool:
+    return bool(live.chain) and live.chain[-1].handle.state == state.row and live.length == upto
 
 
 def hidden_tensor(data: bytes, dtype: str, device: torch.device) -> torch.Tensor:

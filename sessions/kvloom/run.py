@@ -21,6 +21,7 @@ from kvloom_store import refs, segments, trie, turns
 from kvloom_store.errors import RefConflict
 from kvloom_store.refs import Branch as BranchRow
 from kvloom_store.turns import Turn, TurnState
+from kvloom_store.writer import Handle
 
 if TYPE_CHECKING:
     from kvloom.live import LiveState
@@ -95,7 +96,14 @@ class Run:
 
     def _run(self) -> Iterator[str]:
         began = time.perf_counter()
-        live, account = self._bring_back()
+        try:
+            live, account = self._bring_back()
+        except (Cancelled, KeyboardInterrupt) as error:
+            turn = self._keep_message()
+            self._finish(turn, "", "interrupted", Account(), (), began, None, 0.0)
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            return
         self._notices += account.notices
         passes: list[tuple[int, int]] = []
         logits, interrupted = None, None
@@ -179,6 +187,12 @@ class Run:
             progress=self._options.progress,
         )
 
+    def _keep_message(self) -> Turn | None:
+        """Stopped while state was being replayed: the message is kept, its tokens are pending."""
+        if self._message is None:
+            return self._parent
+        return self._commit(None, self._parent, self._tip, self._message, self._ids, self._kept, (), {})[0]
+
     def _prefill(self, live: LiveState, passes: list[tuple[int, int]]) -> Any:
         """Run the tokens that are not held; ``passes`` are those that ran, also if it was cancelled."""
         start = live.length
@@ -198,7 +212,7 @@ class Run:
 
     def _commit(
         self,
-        live: LiveState,
+        live: LiveState | None,
         parent: Turn | None,
         tip: TurnState | None,
         message: Mapping[str, Any],
@@ -209,11 +223,19 @@ class Run:
         reason: str | None = None,
         reopened: str = "",
     ) -> tuple[Turn, TurnState]:
-        """Add a turn whose tokens are ids[start:], move the branch to it, and hand its state to the writer."""
+        """Add a turn whose tokens are ids[start:], move the branch to it, and hand its state to the writer.
+
+        Without a ``live`` state the turn has none of its own: it stands on its parent's.
+        """
         loom, root = self._loom, self._loom.root
-        base = live.chain[-1].handle if live.chain else None
+        if live is not None:
+            base = live.chain[-1].handle if live.chain else None
+            state_start, state_end, hidden = live.captured, live.length, live.hidden
+        else:
+            base = Handle(tip.segment, tip.row) if tip else None
+            state_start = state_end = tip.state_end if tip else 0
+            hidden = None
         schedule = schedule_of(passes)
-        hidden = live.hidden
         replied = reason is not None
         with loom.database.write() as conn:
             known = tip.position if tip is not None and start >= tip.end else None
@@ -236,8 +258,8 @@ class Run:
                 ids[start:],
                 start,
                 position,
-                state_start=live.captured,
-                state_end=live.length,
+                state_start=state_start,
+                state_end=state_end,
                 base_state=base.state if base else None,
                 base_segment=base.segment if base else None,
                 schedule=schedule,
@@ -247,9 +269,10 @@ class Run:
                 variant=not self._options.reuse,
             )
             self._move_branch(conn, turn)
+        if live is None:
+            return turn, state
         if self._options.reuse:
-            at = trie.Position(position.node, position.offset, position.start)
-            loom.resumer.capture(live, at, schedule, provenance, state.row)
+            loom.resumer.capture(live, position, schedule, provenance, state.row)
         else:
             loom.resumer.leave(live, state.row)
         return turn, state

@@ -6,6 +6,7 @@ lock that serves turns before state, those of other processes on SQLite's own lo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -19,7 +20,7 @@ import platformdirs
 import sqlalchemy as sa
 
 from kvloom_store import checksum, schema, sqlite
-from kvloom_store.errors import SchemaTooNew, StoreUnavailable
+from kvloom_store.errors import SchemaTooNew, StoreLocked, StoreUnavailable
 
 BUSY_MS = 30_000
 """How long a write waits for other processes before StoreLocked."""
@@ -129,9 +130,9 @@ class Database:
                 self._writing.notify_all()
 
     def checkpoint(self) -> None:
-        """Move the write-ahead log into the file."""
+        """Move the write-ahead log into the file; what somebody still reads stays in it, and is safe there."""
         if not self.read_only:
-            with sqlite.translated(self.path):
+            with contextlib.suppress(StoreLocked), sqlite.translated(self.path):
                 sqlite.checkpoint(self.engine)
 
     def close(self) -> None:

@@ -16,7 +16,6 @@ import numpy as np
 import sqlalchemy as sa
 
 from kvloom_proto import limits
-from kvloom_proto.errors import FormatError
 from kvloom_proto.records import (
     ITEM_BYTES,
     ChunkSpec,
@@ -27,13 +26,11 @@ from kvloom_proto.records import (
     Schedule,
     expand,
     pack,
-    read_manifest,
     read_provenance,
 )
-from kvloom_store import checksum, codec
+from kvloom_store import checksum, codec, trie
 from kvloom_store.checksum import checked, digest, insert, update
 from kvloom_store.database import Database, allocate, now_us
-from kvloom_store.errors import CorruptRow
 from kvloom_store.rows import RowSource
 from kvloom_store.schema import chunk, provenance, segment
 
@@ -124,10 +121,10 @@ def write(
     in the moment it becomes visible. Memory: one chunk at a time.
     """
     layers = expand(draft.layers)
-    plan = []
-    for spec in cut(draft.layers, draft.start, draft.end):
-        plan.append(replace(spec, raw_digest=digest(gather(source, layers, spec))))
-    content = _content_digest(draft, plan)
+    planned = plan(source, draft)
+    content = content_digest(draft, planned)
+    with database.read() as conn:  # a turn may end in another node than its state does
+        draft = replace(draft, node=trie.node_before(conn, draft.node, draft.end))
     with database.write(background=True) as conn:
         same = _find_same(conn, draft, content)
         if same is not None:
@@ -135,11 +132,11 @@ def write(
             return same
         new = _insert_incomplete(conn, draft, content)
     done = []
-    for batch in _batches(plan):
+    for batch in _batches(planned):
         encoded = []
         for spec in batch:
             raw = gather(source, layers, spec)
-            name, stored = codec.encode(raw, _item_bytes(layers, spec), codec_name)
+            name, stored = codec.encode(raw, item_bytes(layers, spec), codec_name)
             spec = replace(spec, codec=name, stored_length=len(stored), stored_digest=digest(stored))
             encoded.append((spec, stored))
         with database.write(background=True) as conn:
@@ -166,6 +163,15 @@ def write(
     return new
 
 
+def plan(source: RowSource, draft: Draft) -> list[ChunkSpec]:
+    """The chunks a segment will be cut into, with the digests of their raw bytes."""
+    layers = expand(draft.layers)
+    return [
+        replace(spec, raw_digest=digest(gather(source, layers, spec)))
+        for spec in cut(draft.layers, draft.start, draft.end)
+    ]
+
+
 def chunk_row(segment_id: int, spec: ChunkSpec, stored: bytes) -> dict[str, Any]:
     """The sealed row of a chunk."""
     row = {
@@ -180,14 +186,15 @@ def chunk_row(segment_id: int, spec: ChunkSpec, stored: bytes) -> dict[str, Any]
     return {**row, "blob": stored, "checksum": checksum.row_checksum(chunk, row)}
 
 
-def _item_bytes(layers: list[LayerSpec], spec: ChunkSpec) -> int:
+def item_bytes(layers: list[LayerSpec], spec: ChunkSpec) -> int:
+    """Bytes of one element of a chunk."""
     sizes = {
         ITEM_BYTES[tensor.dtype] for layer in layers[spec.layer : spec.layer + spec.layers] for tensor in layer.tensors
     }
     return sizes.pop() if len(sizes) == 1 else 1  # mixed element sizes: one plane, so plain lz4
 
 
-def _content_digest(draft: Draft, plan: list[ChunkSpec]) -> bytes:
+def content_digest(draft: Draft, plan: list[ChunkSpec]) -> bytes:
     """Equal for segments whose rows have equal bits, however they are stored or were computed."""
     shapes = [
         [spec.index, spec.count, [[t.name, t.dtype, t.shape, t.token_axis] for t in spec.tensors]]
@@ -258,34 +265,3 @@ def sweep(conn: sa.Connection) -> None:
     ids = list(conn.execute(stale).scalars())
     if ids:
         delete(conn, ids)
-
-
-def heal(database: Database, source: RowSource, segment_id: int) -> bool:
-    """Put recomputed rows in place of damaged chunks, if they are the very bits that were stored.
-
-    True if the segment is whole again. False if its manifest is damaged too, or the rows came out with other
-    bits (another processor or build): the segment is then marked incomplete, and nobody reads it any more.
-    """
-    with database.write() as conn:
-        row = conn.execute(sa.select(segment).where(segment.c.id == segment_id)).one()
-        try:
-            values = checked(segment, row)
-            manifest = read_manifest(values["manifest"])
-        except (CorruptRow, FormatError):
-            conn.execute(segment.update().where(segment.c.id == segment_id).values(complete=0))
-            return False
-        layers = expand(manifest.layers)
-        for spec in manifest.chunks:
-            raw = gather(source, layers, spec)
-            if digest(raw) != spec.raw_digest:
-                update(conn, segment, values, complete=0)
-                return False
-            _, stored = codec.encode(raw, _item_bytes(layers, spec), spec.codec)
-            if digest(stored) != spec.stored_digest:  # another version of the compressor packs otherwise
-                update(conn, segment, values, complete=0)
-                return False
-            row_now = chunk_row(segment_id, spec, stored)
-            key = [c == row_now[c.name] for c in chunk.primary_key.columns]
-            conn.execute(chunk.delete().where(*key))
-            conn.execute(chunk.insert(), row_now)
-    return True

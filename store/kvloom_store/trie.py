@@ -202,6 +202,14 @@ def _node(conn: sa.Connection, node_id: int) -> dict[str, Any]:
     return checked(node, row)
 
 
+def node_before(conn: sa.Connection, node_id: int, depth: int) -> int:
+    """The node that holds the token before position ``depth``: this one, or one above it."""
+    values = _node(conn, node_id)
+    while values["start"] >= depth and values["parent"] is not None:
+        values = _node(conn, values["parent"])
+    return int(values["id"])
+
+
 def ancestors(conn: sa.Connection, node_id: int) -> list[dict[str, Any]]:
     """The nodes from the topmost one down to this one, in one query."""
     up = sa.select(node.c.id, node.c.parent).where(node.c.id == node_id).cte("up", recursive=True)

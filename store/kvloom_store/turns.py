@@ -12,7 +12,7 @@ import msgpack
 import sqlalchemy as sa
 
 from kvloom_proto import limits
-from kvloom_proto.errors import LimitExceeded
+from kvloom_proto.errors import FormatError, LimitExceeded
 from kvloom_proto.records import Schedule, pack, read_schedule
 from kvloom_store.checksum import checked, insert, unpacked, update
 from kvloom_store.database import allocate, now_us
@@ -258,9 +258,15 @@ def token_counts(conn: sa.Connection, session: int) -> list[tuple[int, int, int]
 
 
 def states_with_segments(conn: sa.Connection, segments: Sequence[int]) -> list[TurnState]:
-    """The states that some segments hold."""
+    """The states that some segments hold, the newest first; damaged rows are left out: they may be anybody's."""
     query = sa.select(turn_state).where(turn_state.c.segment.in_(segments)).order_by(turn_state.c.id.desc())
-    return [_state(checked(turn_state, row)) for row in conn.execute(query)]
+    found = []
+    for row in conn.execute(query):
+        try:
+            found.append(_state(checked(turn_state, row)))
+        except (CorruptRow, FormatError):
+            continue
+    return found
 
 
 def state(conn: sa.Connection, row: int) -> TurnState:

@@ -27,10 +27,10 @@ from tiny import tiny_model, tiny_tokenizer
 from tokenizers import AddedToken
 
 import kvloom.engine
+from kvloom.branch import Branch
 from kvloom.engine import TransformersEngine
 from kvloom.errors import ContextOverflow, CorruptRow, ModelMismatch, NothingToDo, ReuseRequired, UnsupportedModel
 from kvloom.loom import KVLoom
-from kvloom.session import Branch
 from kvloom_store import refs, schema, trie, turns
 from kvloom_store.checksum import checked, digest, row_checksum
 from kvloom_store.names import parse_ref

@@ -31,7 +31,7 @@ from kvloom_proto.records import (
     read_manifest,
     read_schedule,
 )
-from kvloom_store import codec, restore, roots, segments, trie
+from kvloom_store import codec, healing, restore, roots, segments, trie
 from kvloom_store.database import Database
 from kvloom_store.restore import Link, Read, StateDamaged
 from kvloom_store.rows import RowBuffer
@@ -90,9 +90,16 @@ class Store:
             self.provenance = segments.add_provenance(conn, Provenance(1, "t", "t", "cpu", "x", "sdpa", "test"))
 
     def write(self, source: RowBuffer, start: int, end: int, base: int | None = None, codec_name: str = "raw") -> int:
-        schedule = Schedule((Pass(start, end - start),))
-        draft = segments.Draft(self.node, start, end, base, source.layers, schedule, self.provenance)
+        draft = self.draft(source, start, end, base)
         return segments.write(self.database, source, draft, codec_name=codec_name, finish=lambda *_: None)
+
+    def draft(self, source: RowBuffer, start: int, end: int, base: int | None = None) -> segments.Draft:
+        schedule = Schedule((Pass(start, end - start),))
+        return segments.Draft(self.node, start, end, base, source.layers, schedule, self.provenance)
+
+    def heal(self, source: RowBuffer, segment_id: int, start: int, end: int, base: int | None = None) -> bool:
+        draft = self.draft(source, start, end, base)
+        return healing.heal(self.database, source, segment_id, draft, codec_name="planes-lz4")
 
     def read(self, segment_id: int, upto: int, layers: tuple[LayerSpec, ...]) -> RowBuffer:
         sink = RowBuffer(layers, max(upto, 1))
@@ -368,16 +375,41 @@ def test_healing_puts_the_very_same_row_back(store: Store, codec_name: str) -> N
     with store.database.write() as conn:
         conn.execute(chunk.update().where(chunk.c.position == 0).values(blob=b"x"))
         conn.execute(chunk.delete().where(chunk.c.position == 256))
-    assert segments.heal(store.database, source, made)
+    assert store.heal(source, made, 0, 300)
     with store.database.read() as conn:
         assert conn.execute(sa.select(chunk).order_by(chunk.c.position)).all() == before
+
+
+@pytest.mark.parametrize("column", ["manifest", "schedule", "base_segment"])
+def test_a_damaged_segment_is_written_anew_under_its_old_number(store: Store, column: str) -> None:
+    source = filled(PLAIN, 300, 1)
+    base = store.write(source, 0, 100)
+    made = store.write(source, 100, 300, base)
+    above = store.write(filled(PLAIN, 400, 2), 250, 400, made)
+    with store.database.write() as conn:
+        conn.execute(
+            segment.update().where(segment.c.id == made).values({column: None if column == "base_segment" else b""})
+        )
+    with pytest.raises(StateDamaged):
+        store.read(above, 400, PLAIN)
+    assert store.heal(source, made, 100, 300, base)
+    assert same(store.read(above, 400, PLAIN), source, 0, 250)
+
+
+def test_state_on_another_base_does_not_heal(store: Store) -> None:
+    source = filled(PLAIN, 300, 1)
+    first, second = store.write(source, 0, 100), store.write(filled(PLAIN, 100, 2), 0, 100)
+    made = store.write(source, 100, 200, first)
+    assert not store.heal(source, made, 100, 200, second)
+    with pytest.raises(StateDamaged):
+        store.read(made, 200, PLAIN)
 
 
 def test_rows_with_other_bits_do_not_heal_and_are_never_read_again(store: Store) -> None:
     source = filled(PLAIN, 300, 1)
     made = store.write(source, 0, 300)
     source.rows(0, 0, 7, 8)[...] ^= 1
-    assert not segments.heal(store.database, source, made)
+    assert not store.heal(source, made, 0, 300)
     with pytest.raises(StateDamaged):
         store.read(made, 300, PLAIN)
     new = store.write(source, 0, 300)

@@ -16,8 +16,8 @@ from kvloom.cli.progress import Bars
 from kvloom.cli.terminal import warn
 
 if TYPE_CHECKING:
-    from kvloom.loom import KVLoom
     from kvloom.branch import Branch
+    from kvloom.loom import KVLoom
     from kvloom.session import Session
     from kvloom_store.names import Ref
 

@@ -231,8 +231,8 @@ def interruptible() -> Iterator[Stopped]:
 
 def _text(given: str) -> str:
     """TEXT, or what is on stdin; refused here if it is empty, before anything is opened."""
-    from kvloom.errors import InvalidText, LimitExceeded
     from kvloom.branch import check_unicode
+    from kvloom.errors import InvalidText, LimitExceeded
     from kvloom_proto.limits import MAX_TURN_BYTES
 
     text = given
