@@ -134,6 +134,20 @@ def test_cancelled_before_anything_ran_the_message_is_kept(loom: kvloom.KVLoom):
     assert went_on.text == straight.text
 
 
+def test_cancelled_while_state_is_replayed_the_message_is_kept(loom: kvloom.KVLoom):
+    main = loom.session("a").branch()
+    main.say("hello", max_tokens=3, reuse=False)  # its state was not stored
+    cancel = threading.Event()
+    cancel.set()
+    reply = main.stream("and more", max_tokens=3, cancel=cancel).reply
+    assert (reply.finish_reason, reply.tokens.computed) == ("interrupted", 0)
+    assert [turn.text for turn in main.log() if turn.role == "user"] == ["hello", "and more"]
+    went_on = main.continue_reply(max_tokens=3).reply
+    straight = loom.session("b").branch()
+    straight.say("hello", max_tokens=3)
+    assert went_on.text == straight.say("and more", max_tokens=3).text
+
+
 def test_text_ends_before_a_stop_string_and_the_next_turn_goes_on_after_it(loom: kvloom.KVLoom):
     main = loom.session("a").branch()
     whole = main.say("hello", max_tokens=30).text

