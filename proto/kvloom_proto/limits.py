@@ -36,5 +36,5 @@ MAX_VOCABULARY = 1 << 31
 CHUNK_TOKENS = 256
 """Chunks are cut at absolute multiples of this many tokens."""
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 4 << 20
 """Layers are put into one chunk until it has about this many raw bytes (measured: benchmarks/NOTES.md)."""

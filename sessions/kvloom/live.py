@@ -115,6 +115,9 @@ class _DeviceRows:
     def rows(self, layer: int, tensor: int, start: int, end: int) -> Rows:
         return to_bits(self.tensors[layer][tensor][0, :, start:end].contiguous().cpu())
 
+    def block(self, layer: int, layers: int, start: int, end: int) -> Rows | None:
+        return None
+
 
 class LiveState:
     """The attention state of one path while it is being extended.
@@ -134,7 +137,6 @@ class LiveState:
         self.tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.source: RowSource
         if buffer is not None:
-            self.capacity = buffer.capacity
             self._use(buffer)
         else:
             self._allocate(capacity)
@@ -154,6 +156,7 @@ class LiveState:
             self.source = _DeviceRows(self.tensors)
 
     def _use(self, buffer: RowBuffer) -> None:
+        self.capacity = buffer.capacity
         self.tensors = [
             (self._tensor(arrays[0], spec.tensors[0]), self._tensor(arrays[1], spec.tensors[1]))
             for arrays, spec in zip(buffer.tensors, self.specs, strict=True)

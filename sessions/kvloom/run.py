@@ -98,6 +98,7 @@ class Run:
         began = time.perf_counter()
         try:
             live, account = self._bring_back()
+            account.seconds = time.perf_counter() - began  # waiting for what is read ahead counts, too
         except (Cancelled, KeyboardInterrupt) as error:
             turn = self._keep_message()
             self._finish(turn, "", "interrupted", Account(), (), began, None, 0.0)

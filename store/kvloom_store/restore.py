@@ -175,6 +175,12 @@ def _place(values: dict[str, Any], read: Read, manifest: Manifest, spec: ChunkSp
 
 def _scatter(raw: codec.Buffer, layers: list[LayerSpec], spec: ChunkSpec, end: int, sink: RowSink) -> None:
     at, take = 0, end - spec.position
+    block = sink.block(spec.layer, spec.layers, spec.position, end)
+    if block is not None:  # one copy, and one hold of the interpreter's lock, for all layers of the chunk
+        tensor = layers[0].tensors[0]
+        whole = np.frombuffer(raw, block.dtype).reshape(*block.shape[:2], *shape_with(tensor, spec.tokens))
+        block[...] = whole[(slice(None),) * (2 + tensor.token_axis) + (slice(0, take),)]
+        return
     for number, layer in enumerate(layers):
         for index, tensor in enumerate(layer.tensors):
             shape = shape_with(tensor, spec.tokens)

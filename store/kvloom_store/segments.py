@@ -99,6 +99,9 @@ def cut(layers: tuple[LayerSpec, ...], start: int, end: int) -> Iterator[ChunkSp
 
 def gather(source: RowSource, layers: list[LayerSpec], spec: ChunkSpec) -> bytes:
     """The raw bytes of a chunk: layer after layer, tensor after tensor, each contiguous."""
+    block = source.block(spec.layer, spec.layers, spec.position, spec.position + spec.tokens)
+    if block is not None:
+        return block.tobytes()
     parts = [
         np.ascontiguousarray(source.rows(layer, number, spec.position, spec.position + spec.tokens)).tobytes()
         for layer in range(spec.layer, spec.layer + spec.layers)

@@ -294,8 +294,8 @@ def test_chunk_boundaries_are_absolute_so_that_neighbours_never_share_a_chunk() 
 
 
 def test_layers_share_a_chunk_up_to_its_size_and_no_further() -> None:
-    wide = (LayerSpec(0, 5, LayerKind.ROWS, (TensorSpec("keys", "float32", (512,), 0),)),)
-    # one layer of 256 tokens has 512 KiB, so two fill a chunk
+    wide = (LayerSpec(0, 5, LayerKind.ROWS, (TensorSpec("keys", "float32", (2048,), 0),)),)
+    # one layer of 256 tokens has 2 MiB, so two fill a chunk
     assert [(s.layer, s.layers) for s in segments.cut(wide, 0, 256)] == [(0, 2), (2, 2), (4, 1)]
     assert [(s.layer, s.layers) for s in segments.cut(wide, 0, 10)] == [(0, 5)]
 

@@ -81,8 +81,7 @@ def talking(
             note = f"{text} is not a branch: this goes on as {session.name}@{branch.name}"
         loom.prefetch(session.name, branch.name)
         _ = loom.engine
-        gc.collect()  # now, not within the first reply; and what was loaded need not be looked through again
-        gc.freeze()
+        gc.freeze()  # what was loaded need not be looked through again
         bars.stop()
         yield Talk(loom, session, branch, bars, note)
     except BaseException:
