@@ -1,8 +1,8 @@
 """The engine: tokens in, tokens and state out. The only module that runs the model.
 
-Prefill is cut into passes at multiples of GRID, counted from the conversation's first token, so that the
-state of a shared prefix is the same whoever computed it; decoding feeds one token a pass. Every pass is in the
-schedule that is stored with the turn, and running that schedule again gives the same bits.
+Prefill is cut into passes at multiples of GRID, counted from the conversation's first token, so that the state of a
+shared prefix is the same whoever computed it (a short turn is one pass); decoding feeds one token a pass. Every pass is
+in the schedule that is stored with the turn, and running that schedule again gives the same bits.
 """
 
 from __future__ import annotations
@@ -253,7 +253,14 @@ class TransformersEngine:
 
 
 def grid_passes(start: int, end: int) -> Iterator[tuple[int, int]]:
-    """[start, end) cut at multiples of GRID."""
+    """[start, end) cut at multiples of GRID.
+
+    What begins off the grid and fits into one pass is one pass: cutting a short turn in two doubles the time to its
+    first token, and its state is not one that others begin with.
+    """
+    if start % GRID and start < end <= start + GRID:
+        yield start, end
+        return
     while start < end:
         stop = min(end, start - start % GRID + GRID)
         yield start, stop

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvloom.engine import Cancelled, Progress, grid_passes, schedule_of
+from kvloom.errors import SessionError
 from kvloom.report import Reply, Seconds, Tokens
 from kvloom.resume import Account, hidden_bytes
 from kvloom.sampling import SamplingSettings, fresh_seed
@@ -24,6 +25,8 @@ from kvloom_store.turns import Turn, TurnState
 from kvloom_store.writer import Handle
 
 if TYPE_CHECKING:
+    import torch
+
     from kvloom.live import LiveState
     from kvloom.loom import KVLoom
 
@@ -87,6 +90,8 @@ class Run:
         return self._reply
 
     def __iter__(self) -> Iterator[str]:
+        if self._reply is not None:
+            raise SessionError("this run is over", hint="call say or stream again")
         with self._engine.lock:
             try:
                 yield from self._run()
@@ -121,56 +126,64 @@ class Run:
             passes = []
         if interrupted is not None:
             raise interrupted
-        pieces, tokens, stream, first, last = [], list[int](), self._stream(), None, 0.0
-        reason = "interrupted"
-        if logits is not None:
-            budget = min(self._settings.max_tokens, self._engine.context_limit - len(self._ids))
-            started = live.length
-            source = self._engine.generate(
-                live, logits, self._settings, seen=self._ids, seed=self._seed, cancel=self._options.cancel
-            )
-            try:
-                for token in source:
-                    last = time.perf_counter()
-                    first = first or last
-                    tokens.append(token)
-                    piece = stream.push(token)
-                    if piece:
-                        pieces.append(piece)
-                        yield piece
-                    if token in self._engine.eos_ids or stream.stopped is not None:
-                        reason = "stop"
-                        break
-                    if len(tokens) >= budget:
-                        reason = "length"
-                        break
-            finally:
-                # However the run ended (the caller may have stopped iterating), what was generated is kept.
-                source.close()
-                rest = stream.finish()
-                pieces.append(rest)
-                passes += [(at, at + 1) for at in range(started, live.length)]
-                total = time.perf_counter() - began
-                if tokens:
-                    message = {"role": "assistant", "content": "".join(pieces)}
-                    timings = {"first_token": (first or last) - began, "total": total, "restore": account.seconds}
-                    turn, state = self._commit(
-                        live,
-                        turn,
-                        state,
-                        message,
-                        self._ids + tokens,
-                        len(self._ids),
-                        passes,
-                        timings,
-                        reason,
-                        stream.reopened,
-                    )
-                self._finish(turn, "".join(pieces), reason, account, tokens, began, first, last)
-            if rest:
-                yield rest
+        if logits is None:
+            self._finish(turn, "", "interrupted", account, (), began, None, 0.0)
             return
-        self._finish(turn, "", reason, account, tokens, began, first, last)
+        yield from self._reply_from(live, logits, turn, state, account, passes, began)
+
+    def _reply_from(
+        self,
+        live: LiveState,
+        logits: torch.Tensor,
+        turn: Turn | None,
+        state: TurnState | None,
+        account: Account,
+        passes: list[tuple[int, int]],
+        began: float,
+    ) -> Iterator[str]:
+        """Generate until the reply ends; however it ends, what was generated is committed."""
+        pieces: list[str] = []
+        tokens: list[int] = []
+        stream, first, last, reason, rest = self._stream(), None, 0.0, "interrupted", ""
+        budget = min(self._settings.max_tokens, self._engine.context_limit - len(self._ids))
+        started = live.length
+        source = self._engine.generate(
+            live, logits, self._settings, seen=self._ids, seed=self._seed, cancel=self._options.cancel
+        )
+        try:
+            for token in source:
+                last = time.perf_counter()
+                first = first or last
+                tokens.append(token)
+                piece = stream.push(token)
+                if piece:
+                    pieces.append(piece)
+                    yield piece
+                if token in self._engine.eos_ids or stream.stopped is not None:
+                    reason = "stop"
+                    break
+                if len(tokens) >= budget:
+                    reason = "length"
+                    break
+        finally:  # also where the caller stops iterating
+            source.close()
+            rest = stream.finish()
+            text = "".join([*pieces, rest])
+            if tokens:
+                passes = [*passes, *((at, at + 1) for at in range(started, live.length))]
+                timings = {
+                    "first_token": (first or last) - began,
+                    "total": time.perf_counter() - began,
+                    "restore": account.seconds,
+                }
+                message = {"role": "assistant", "content": text}
+                ids, start = self._ids + tokens, len(self._ids)
+                turn, state = self._commit(
+                    live, turn, state, message, ids, start, passes, timings, reason, stream.reopened
+                )
+            self._finish(turn, text, reason, account, tokens, began, first, last)
+        if rest:
+            yield rest
 
     def _bring_back(self) -> tuple[LiveState, Account]:
         resumer = self._loom.resumer
