@@ -120,7 +120,7 @@ def _note(folder: Path) -> dict[str, Any] | None:
         if note["conversion"] == _CONVERSION and all(isinstance(size, int) for size in files.values()):
             return dict(note)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
+        return None
     return None
 
 
