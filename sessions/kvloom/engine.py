@@ -27,7 +27,7 @@ from kvloom.sampling import SamplingSettings, choose
 from kvloom_proto.records import LayerSpec, Pass, Provenance, Schedule
 
 GRID = 1024
-"""Tokens of a prefill pass. On SmolLM2 at 4,096 tokens this costs 0 to 5 % against one single pass, where 512 costs
+"""Tokens of a prefill pass. On SmolLM2 at 4,096 tokens this costs 0 to 6 % against one single pass, where 512 costs
 about 10 % (benchmarks/NOTES.md); a smaller grid would share more, a larger one would hold Ctrl-C up for longer."""
 
 Progress = Callable[[int, int], None]

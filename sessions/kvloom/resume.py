@@ -251,8 +251,11 @@ class Resumer:
             if upto != 0:
                 raise EngineError("the state this turn stood on is gone")
             live.truncate(0)
-        else:
-            self._load(live, segment, upto, account)
+        elif not self._loaded(live, segment, upto, account):
+            raise EngineError(
+                "the state this turn stood on is damaged, and no turn is left that says how to compute it",
+                hint="fork at an earlier turn, or say the whole again with --no-reuse in a new session",
+            )
 
     def _load(self, live: LiveState, segment: int, upto: int, account: Account) -> None:
         """Let ``live`` hold a segment's chain up to ``upto``, reading only what is not in memory already."""
