@@ -9,8 +9,10 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import tiny_configs
 import torch
 import transformers
+from tiny_configs import CONFIGS, TYPES
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -28,35 +30,11 @@ _WORDS = """the and of to in is that it was for with his her had you not be as a
 this from all would one there their were been some what when who will more"""
 _WHOLE = ("user", "assistant", "system")
 
-_SHAPE: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3, "max_position_embeddings": 4096}
-_HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
-_CONFIGS: dict[str, dict[str, Any]] = {
-    "llama": {**_SHAPE, **_HEADS, "intermediate_size": 128},
-    "mistral": {**_SHAPE, **_HEADS, "intermediate_size": 128, "sliding_window": None},
-    "qwen2": {**_SHAPE, **_HEADS, "intermediate_size": 128},
-    "qwen3": {**_SHAPE, **_HEADS, "intermediate_size": 128, "head_dim": 16},
-    "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 4096},
-    "phi": {**_SHAPE, "num_attention_heads": 4, "intermediate_size": 128, "partial_rotary_factor": 0.5},
-    "deepseek_v3": {
-        **_SHAPE,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "intermediate_size": 128,
-        "moe_intermediate_size": 32,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_group": 1,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-        "q_lora_rank": 32,
-        "kv_lora_rank": 32,
-        "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 16,
-        "v_head_dim": 16,
-    },
-}
-KINDS = tuple(_CONFIGS)
-"""Every kind ``tiny_model`` builds; all of them have full attention in every layer."""
+KINDS = tuple(CONFIGS)
+"""Every kind ``tiny_model`` builds."""
+
+FULL_ATTENTION = tuple(tiny_configs.FULL_ATTENTION)
+"""Those that have full attention, and nothing else, in every layer."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -72,7 +50,7 @@ def tiny_model(kind: str, dtype: str | torch.dtype = torch.float32, *, seed: int
     """
     tokenizer = tiny_tokenizer()
     settings = {
-        **_CONFIGS.get(kind, {}),
+        **CONFIGS.get(kind, {}),
         "vocab_size": len(tokenizer),
         "tie_word_embeddings": False,
         "initializer_range": 0.15,
@@ -81,7 +59,7 @@ def tiny_model(kind: str, dtype: str | torch.dtype = torch.float32, *, seed: int
         "pad_token_id": None,
         **config,
     }
-    made = transformers.AutoConfig.for_model(kind, **settings)
+    made = transformers.AutoConfig.for_model(TYPES.get(kind, kind), **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(made)
