@@ -181,7 +181,7 @@ class KVLoom:
             "model_digest": identity.digest.hex(),
             "model_fields": dict(identity.fields),
             "tokenizer": identity.tokenizer,
-            "dtype": self.engine.hidden_dtype,
+            "dtype": self.engine.dtype,
             "chat_template": template.source,
             "template_digest": template.digest,
             "template_options": dict(template.options),

@@ -226,6 +226,11 @@ def ancestors(conn: sa.Connection, node_id: int) -> list[dict[str, Any]]:
     return chain[::-1]
 
 
+def tokens_before(conn: sa.Connection, node_id: int, depth: int) -> list[int]:
+    """The first ``depth`` token ids of the path that leads through a node. Raises CorruptRow."""
+    return tokens_to(conn, node_id, depth - _node(conn, node_id)["start"])
+
+
 def tokens_to(conn: sa.Connection, node_id: int, offset: int) -> list[int]:
     """All token ids from the root to ``offset`` tokens into a node, in one query.
 

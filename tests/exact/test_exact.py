@@ -19,7 +19,7 @@ import sqlalchemy as sa
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
-import kvloom.engine
+import kvloom.passes
 from exact import harness, worker
 from kvloom.convert import convert
 from kvloom.engine import TransformersEngine
@@ -226,7 +226,7 @@ def _cut_elsewhere(passes: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A job of a Llama in float32, with nothing wrong."""
     folder = tmp_path_factory.mktemp("mutants")
-    kept, kvloom.engine.GRID = kvloom.engine.GRID, GRID
+    kept, kvloom.passes.GRID = kvloom.passes.GRID, GRID
     try:
         engine = TransformersEngine(tiny_model("llama"), tiny_tokenizer())
         with KVLoom(folder / "store.db", model=engine) as loom:
@@ -237,7 +237,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
             state = harness.leaves(loom.database)[-1]
             return harness.export(loom.database, state["id"], folder / "sound", {"tiny": "llama"}, "float32")
     finally:
-        kvloom.engine.GRID = kept
+        kvloom.passes.GRID = kept
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +287,7 @@ def test_a_pass_cut_in_another_place_is_noticed(tried: dict[str, dict[str, Any]]
 def test_a_restore_path_that_is_wrong_fails_the_trials_themselves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: str
 ) -> None:
-    monkeypatch.setattr(kvloom.engine, "GRID", GRID)
+    monkeypatch.setattr(kvloom.passes, "GRID", GRID)
     before = worker.Scenario(tmp_path, {"name": "s", "kind": "llama", "dtype": "float32", "codec": "raw", "threads": 1})
     before.talk(worker.random.Random(3), None)
     before.loom.close()
@@ -323,7 +323,7 @@ def test_a_restore_path_that_is_wrong_fails_the_trials_themselves(
 def test_l0_the_tables_hold_the_bits_of_the_live_buffers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, dtype: str, codec_name: str
 ) -> None:
-    monkeypatch.setattr(kvloom.engine, "GRID", GRID)
+    monkeypatch.setattr(kvloom.passes, "GRID", GRID)
     engine = TransformersEngine(tiny_model(kind, dtype), tiny_tokenizer())
     with KVLoom(tmp_path / "store.db", model=engine, codec=codec_name) as loom:
         branch = loom.session("talk").branch()

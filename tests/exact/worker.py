@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
-import kvloom.engine
+import kvloom.passes
 from kvloom.engine import TransformersEngine
 from kvloom.live import LiveState
 from kvloom.loom import KVLoom
@@ -249,7 +249,7 @@ class Scenario:
 def main() -> None:
     """Run what the argument says."""
     spec = json.loads(sys.argv[1])
-    kvloom.engine.GRID = spec["grid"]
+    kvloom.passes.GRID = spec["grid"]
     folder = Path(spec["folder"])
     results = {}
     for described in spec["scenarios"]:

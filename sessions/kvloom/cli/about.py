@@ -208,7 +208,7 @@ def _loaded(name: str, dtype: str) -> dict[str, Any]:
     return {
         "seconds": round(time.perf_counter() - began, 2),
         "context": engine.context_limit,
-        "state": engine.hidden_dtype,
+        "state": engine.dtype,
     }
 
 
