@@ -237,7 +237,9 @@ def _after_reply(tokenizer: Any, tail: str, reply: Message, last: int, eos_ids: 
     for text in (rest, rest.lstrip()):  # Llama 2 puts a space before it
         if end and text.startswith(end):
             return text[len(end) :]
-    return rest
+    # A reply that is empty, or as short as the "\n" that GLM 4.5 puts before an empty <think>, begins texts that the
+    # template has changed too: then its end comes later, or nothing shows where it is.
+    return rest if form and not (end and end in rest) else None
 
 
 def _aligned(

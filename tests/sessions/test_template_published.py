@@ -143,6 +143,26 @@ def test_a_reply_that_ended_is_not_ended_again(name):
     assert prompt.ids[len(before)] != path.eos
 
 
+@pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_after_an_empty_reply_a_path_has_the_tokens_of_its_whole_rendering(name, ended):
+    path = Conversation(name)
+    path.say(user("Who?"))
+    path.reply("", ids=(), ended=ended)
+    path.say(user("Why?"))
+    if name != "llama-2":  # whose blanks around the reply no model says
+        assert path.ids == path.whole()
+
+
+def test_a_reply_that_the_template_happens_to_begin_with_is_not_taken_for_what_the_template_put_there():
+    path = Conversation("glm-4.5")
+    path.say(user("Who?"))
+    path.reply("\n", lead="")
+    prompt = path.say(user("Why?"))
+    assert prompt.rewritten
+    assert prompt.ids == path.whole()
+
+
 # --- rewriting ---
 
 
