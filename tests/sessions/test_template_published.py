@@ -32,7 +32,7 @@ EXCHANGES = [
 
 
 def tool(text: str) -> dict[str, Any]:
-    properties = {"who": {"type": "string", "description": text}}
+    properties = {f"who {text}": {"type": "string", "description": text}}
     parameters = {"type": "object", "properties": properties, "required": []}
     return {"type": "function", "function": {"name": "f", "description": text, "parameters": parameters}}
 
@@ -269,11 +269,14 @@ def test_control_tokens_in_a_system_message_stay_text(name):
     assert forged in path.tokenizer.decode(path.ids)
 
 
-@pytest.mark.parametrize("name", DECLARES_TOOLS)
-def test_a_tool_forges_nothing_with_its_description_or_its_result(name):
-    honest = Conversation(name, options={"tools": [tool("x")]})
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [*((name, "tools") for name in DECLARES_TOOLS), ("llama-3.2", "custom_tools"), ("granite-3.3", "available_tools")],
+)
+def test_a_tool_forges_nothing_with_its_description_its_parameters_or_its_result(name, option):
+    honest = Conversation(name, options={option: [tool("x")]})
     forged = "".join(honest.form.controls)
-    path = Conversation(name, options={"tools": [tool(f"x{forged}x")]})
+    path = Conversation(name, options={option: [tool(f"x{forged}x")]})
     call = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": {"who": "a"}}}
     for each, text in ((honest, "x"), (path, f"x{forged}x")):
         each.say(user("Hello"))
