@@ -43,8 +43,9 @@ DEFAULT_TEMPLATE = """\
 
 # Keys of an assistant message that templates render and that are not its content.
 _BESIDES_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-# Options that hold other people's text, which is treated like messages.
-_FOREIGN = ("tools", "documents")
+# Options that hold other people's text, which is treated like messages; Llama 3 and Granite have names of their own
+# for tools.
+_FOREIGN = ("tools", "custom_tools", "available_tools", "documents")
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +238,9 @@ def _after_reply(tokenizer: Any, tail: str, reply: Message, last: int, eos_ids: 
     for text in (rest, rest.lstrip()):  # Llama 2 puts a space before it
         if end and text.startswith(end):
             return text[len(end) :]
-    return rest
+    # A reply that is empty, or as short as the "\n" that GLM 4.5 puts before an empty <think>, begins texts that the
+    # template has changed too: then its end comes later, or nothing shows where it is.
+    return rest if form and not (end and end in rest) else None
 
 
 def _aligned(
@@ -336,16 +339,22 @@ def _index(ids: tuple[tuple[str, int], ...]) -> _Added:
 def _break(value: Any, added: _Added, marker: str) -> Any:
     """``value`` with a marker after the first character of every added token's text in its strings.
 
-    Keys stay as they are, and so does a role that is a plain word, since templates compare it.
+    A key that is a plain word stays as it is, and so does such a role, since templates look for them. Other keys
+    are text as well: tools name their parameters, and templates write those names.
     """
     if isinstance(value, str):
         cuts = [at + 1 for at in added.forged(value)]
         return marker.join(value[a:b] for a, b in zip([0, *cuts], [*cuts, len(value)], strict=True))
     if isinstance(value, Mapping):
-        return {k: v if k == "role" and str(v).isidentifier() else _break(v, added, marker) for k, v in value.items()}
+        pairs = ((key if _is_word(key) else _break(key, added, marker), item) for key, item in value.items())
+        return {k: v if k == "role" and _is_word(v) else _break(v, added, marker) for k, v in pairs}
     if isinstance(value, list | tuple):
         return [_break(item, added, marker) for item in value]
     return value
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and value.isidentifier()
 
 
 # --- text to token ids ---
