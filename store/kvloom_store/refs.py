@@ -227,7 +227,8 @@ def _at_token(conn: sa.Connection, ref: Ref, token: int) -> Point:
     total = found[-1].end if found else 0
     if token > total:
         error = RefNotFound("token", str(ref))
-        error.hint = f"the path to {replace(ref, token=None)} has {total} tokens; kvloom show REF --tokens shows them"
+        path = replace(ref, token=None)
+        error.hint = f"the path to {path} has {total} tokens; kvloom show {path} --tokens shows the last"
         raise error
     if token == 0:
         return Point(whole.session, None, None)

@@ -279,7 +279,7 @@ def _print_full(head: dict[str, Any]) -> None:
     facts += [("turn", " ".join([turn["id"], *names])), ("parent", turn["parent"] or "none, it is the first")]
     facts += [("said", turn["created"])]
     if head["token"] is not None:
-        facts.append(("point", f"{head['token']} tokens are kept; kvloom show REF --tokens shows those around it"))
+        facts.append(("point", f"{head['token']} tokens are kept; --tokens shows those around that point"))
     if turn["finish_reason"]:
         facts.append(("ended by", turn["finish_reason"]))
     facts += [("settings", _pairs(turn["settings"])), ("timings", _timings(turn["timings"]))]
