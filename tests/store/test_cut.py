@@ -95,7 +95,7 @@ GROWTH = st.lists(
         st.sampled_from([0, 0, 0, 1, 2, 7]),
     ),
     min_size=1,
-    max_size=8,
+    max_size=6,
 )
 
 
