@@ -230,11 +230,13 @@ def merged(path: Sequence[Turn], states: Mapping[int, TurnState]) -> tuple[list[
     """
     messages: list[dict[str, Any]] = []
     reply_start: int | None = None
+    dropped = ""
     for turn in path:
         state = states.get(turn.row)
+        # A reply stopped within a character ended in a stand-in for it, which the continuation replaces.
+        stopped_in, dropped = dropped, turn.settings.get("dropped", "")  # of a cut turn's text it was left out
         if turn.continues and messages and messages[-1]["role"] == "assistant":
-            # A reply stopped within a character ended in a stand-in for it, which the continuation replaces.
-            earlier = messages[-1]["content"].removesuffix(turn.settings.get("reopened", ""))
+            earlier = (messages[-1]["content"] + stopped_in).removesuffix(turn.settings.get("reopened", ""))
             messages[-1] = {**messages[-1], "content": earlier + turn.text}
             continue
         messages.append(dict(turn.message))

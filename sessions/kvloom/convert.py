@@ -68,8 +68,7 @@ def convert(source: ModelSource, progress: Progress | None = None) -> Path:
     with explained(source.name, gguf=True):
         before = source.path.stat()
         digest = _content_digest(source.path, report)
-        stem = re.sub(r"[^\w.-]+", "-", source.path.stem)[:80].lstrip(".")
-        folder = root / f"{stem}-v{_CONVERSION}-{digest[:16]}"
+        folder = _named(source.path, digest)
         if _is_whole(folder):
             return folder
         for private in (root.parent, root):  # mode is for the last folder only: parents go by umask
@@ -91,6 +90,17 @@ def convert(source: ModelSource, progress: Progress | None = None) -> Path:
             finally:
                 shutil.rmtree(work, ignore_errors=True)
     return folder
+
+
+def found(path: Path) -> Path | None:
+    """The folder of a GGUF file, if it was converted before; nothing is made. Raises OSError."""
+    folder = _named(path, _content_digest(path, silent))
+    return folder if _is_whole(folder) else None
+
+
+def _named(path: Path, digest: str) -> Path:
+    stem = re.sub(r"[^\w.-]+", "-", path.stem)[:80].lstrip(".")
+    return cache_root() / "models" / f"{stem}-v{_CONVERSION}-{digest[:16]}"
 
 
 def converted() -> list[tuple[Path, int]]:

@@ -71,6 +71,16 @@ class KVLoom:
             return self._model
         return load_engine(self._model, dtype=self._dtype, device=self._device, progress=self._progress)
 
+    @property
+    def has_engine(self) -> bool:
+        """Whether the model is in memory already."""
+        return "engine" in self.__dict__ or not isinstance(self._model, str | None)
+
+    @property
+    def has_model(self) -> bool:
+        """Whether the store was opened with a model, loaded or not."""
+        return self._model is not None
+
     @cached_property
     def writer(self) -> Writer:
         """What stores state behind the conversation."""

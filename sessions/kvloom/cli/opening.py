@@ -97,7 +97,7 @@ def _settings_of(options: Options, ref: Ref, *, create: bool) -> dict[str, Any] 
     """What the session fixed when it began; None for one that is to be made. Raises RefNotFound for others."""
     from kvloom.errors import RefNotFound
 
-    may_be_new = create and ref.point is None and not ref.back
+    may_be_new = create and ref.point is None and not ref.back and ref.token is None
     if may_be_new and not options.path.exists():
         return None
     with reading(options) as reader:
@@ -157,7 +157,7 @@ def _undo(loom: KVLoom, made: list[Branch | Session]) -> None:
     """Take away what was made for a turn that never came."""
     from kvloom.errors import KVLoomError
     from kvloom.session import Session
-    from kvloom_store import refs
+    from kvloom_store import cut, refs
 
     try:
         for each in reversed(made):
@@ -169,6 +169,8 @@ def _undo(loom: KVLoom, made: list[Branch | Session]) -> None:
                 point = refs.resolve(conn, parse(f"{each.session.name}@{each.name}")[0])
                 if point.branch is not None and point.turn == each.row.turn:
                     refs.remove_branch(conn, point.branch.row)
+                    if point.turn is not None:
+                        cut.discard(conn, point.turn)
     except KVLoomError as error:
         warn(f"could not tidy up: {error}")
 

@@ -64,7 +64,7 @@ def sampling(values: dict[str, Any]) -> dict[str, Any]:
 def say(options: Options, ref: str, text: str, system: str | None, no_reuse: bool, **values: Any) -> None:
     """Say TEXT at REF and print the reply as it comes. A new SESSION is made; "-" reads TEXT from stdin.
 
-    On a branch, the branch moves on. At a turn, a tag or SESSION@BRANCH~N, a new branch is made.
+    On a branch, the branch moves on. At a turn, a tag, a token or SESSION@BRANCH~N, a new branch is made.
     Ctrl-C stops the reply; what was said is kept, and "kvloom continue" goes on with it.
 
     \b
@@ -102,9 +102,13 @@ def say(options: Options, ref: str, text: str, system: str | None, no_reuse: boo
 def continue_(options: Options, ref: str, model: str | None, dtype: str | None, **values: Any) -> None:
     """Go on with the reply at REF that was interrupted or met its limit, just where it stopped.
 
+    At a token (SESSION@BRANCH:90) it goes on from that very token, on a new branch; "kvloom show REF --tokens"
+    shows where tokens are.
+
     \b
     Example:
       kvloom continue trip
+      kvloom continue trip@main:90 --temperature 1
       kvloom continue trip@main --max-tokens 200
     """
     settings = sampling(values)
