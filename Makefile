@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 PACKAGES := proto/kvloom_proto store/kvloom_store sessions/kvloom
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test exact lint bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-8s %s\n", $$1, $$2 }'
@@ -22,6 +22,9 @@ demo: $(INSTALLED) ## a conversation that is killed, resumed and branched, with 
 
 test: $(INSTALLED) ## all tests, those with the real model included
 	$(PY) -m pytest $(ARGS)
+
+exact: $(INSTALLED) ## 200 trials of every kind of model: is every bit that is restored the one that was captured
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(PY) -m exact.run $(ARGS)
 
 lint: $(INSTALLED) ## ruff, its format check, and mypy --strict on the three packages
 	$(PY) -m ruff check .

@@ -36,6 +36,9 @@ KINDS = tuple(CONFIGS)
 FULL_ATTENTION = tuple(tiny_configs.FULL_ATTENTION)
 """Those that have full attention, and nothing else, in every layer."""
 
+OTHERS = tuple(tiny_configs.OTHERS)
+"""Those that keep state inside their modules, or in cache layers of their own."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

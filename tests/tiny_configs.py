@@ -150,3 +150,6 @@ CONFIGS = FULL_ATTENTION | ROPES | WINDOWS | INDEXED | RECURRENT | HYBRID | OTHE
 
 TYPES = {"mistral_window": "mistral", **dict.fromkeys(ROPES, "llama")}
 """What transformers calls a kind, where it is not the kind's own name."""
+
+RESTARTING = ("mamba", "falcon_mamba", "jamba", "zamba")
+"""Mamba-1: a pass of several tokens on state that is there already begins anew, silently. One token a pass is right."""

@@ -11,7 +11,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,17 @@ import sqlalchemy as sa
 import torch
 from safetensors.torch import load_file, save_file
 
-from kvloom_proto.records import ITEM_BYTES, expand, read_manifest, read_provenance, read_schedule
+from kvloom_proto.records import (
+    ITEM_BYTES,
+    ChunkSpec,
+    LayerKind,
+    Manifest,
+    TensorSpec,
+    expand,
+    read_manifest,
+    read_provenance,
+    read_schedule,
+)
 from kvloom_store import codec
 from kvloom_store.checksum import checked, digest
 from kvloom_store.database import Database
@@ -91,32 +101,94 @@ def path_tokens(conn: sa.Connection, node_id: int, depth: int) -> list[int]:
     return tokens
 
 
-def stored_rows(conn: sa.Connection, segment_id: int) -> tuple[dict[str, Any], dict[tuple[int, int], np.ndarray]]:
-    """A segment's row, and all its rows by (layer, tensor), token axis first."""
-    row = _one(conn, segment, segment_id)
-    manifest = read_manifest(row["manifest"])
+def _chunks(
+    conn: sa.Connection, segment_id: int, manifest: Manifest
+) -> Iterator[tuple[ChunkSpec, list[tuple[int, int, TensorSpec]], bytes]]:
+    """Each chunk of a segment, the tensors it covers as (layer, number, spec), and its raw bytes."""
     layers = expand(manifest.layers)
-    made: dict[tuple[int, int], np.ndarray] = {}
     for spec in manifest.chunks:
-        key = (chunk.c.segment == segment_id) & (chunk.c.layer == spec.layer) & (chunk.c.position == spec.position)
+        key = (chunk.c.segment == segment_id) & (chunk.c.kind == int(spec.kind))
+        key &= (chunk.c.layer == spec.layer) & (chunk.c.position == spec.position)
         blob = conn.execute(sa.select(chunk.c.blob).where(key)).scalar_one()
         assert digest(blob) == spec.stored_digest
-        items = {ITEM_BYTES[t.dtype] for layer in layers for t in layer.tensors}
+        held = [n for n in range(spec.layer, spec.layer + spec.layers) if layers[n].kind == spec.kind]
+        tensors = [(n, number, tensor) for n in held for number, tensor in enumerate(layers[n].tensors)]
+        items = {ITEM_BYTES[tensor.dtype] for _, _, tensor in tensors}
         raw = bytes(codec.decode(blob, items.pop() if len(items) == 1 else 1, spec.raw_length, spec.codec))
         assert digest(raw) == spec.raw_digest
-        for layer in range(spec.layer, spec.layer + spec.layers):
-            for number, tensor in enumerate(layers[layer].tensors):
-                size = math.prod(tensor.shape) * spec.tokens * ITEM_BYTES[tensor.dtype]
-                shape = (*tensor.shape[: tensor.token_axis], spec.tokens, *tensor.shape[tensor.token_axis :])
-                rows = np.frombuffer(raw[:size], f"<i{ITEM_BYTES[tensor.dtype]}").reshape(shape)
-                raw = raw[size:]
-                whole = made.setdefault(
-                    (layer, number), np.zeros((row["end"] - row["start"], *tensor.shape), rows.dtype)
-                )
-                first = spec.position - row["start"]
-                whole[first : first + spec.tokens] = np.moveaxis(rows, tensor.token_axis, 0)
+        yield spec, tensors, raw
+
+
+def stored_rows(conn: sa.Connection, segment_id: int) -> tuple[dict[str, Any], dict[tuple[int, int], np.ndarray]]:
+    """A segment's row, and all its rows by (layer, tensor), token axis first; those of windows, too."""
+    row = _one(conn, segment, segment_id)
+    made: dict[tuple[int, int], np.ndarray] = {}
+    for spec, tensors, data in _chunks(conn, segment_id, read_manifest(row["manifest"])):
+        if spec.kind == LayerKind.KEYFRAME:
+            continue
+        raw = data
+        for layer, number, tensor in tensors:
+            size = math.prod(tensor.shape) * spec.tokens * ITEM_BYTES[tensor.dtype]
+            shape = (*tensor.shape[: tensor.token_axis], spec.tokens, *tensor.shape[tensor.token_axis :])
+            rows = np.frombuffer(raw[:size], f"<i{ITEM_BYTES[tensor.dtype]}").reshape(shape)
+            raw = raw[size:]
+            whole = made.setdefault((layer, number), np.zeros((row["end"] - row["start"], *tensor.shape), rows.dtype))
+            first = spec.position - row["start"]
+            whole[first : first + spec.tokens] = np.moveaxis(rows, tensor.token_axis, 0)
         assert not raw
     return row, made
+
+
+def stored_frames(conn: sa.Connection, segment_id: int) -> dict[int, dict[str, np.ndarray]]:
+    """A segment's keyframes by position, each with its tensors by name and layer, as the referee calls them."""
+    row = _one(conn, segment, segment_id)
+    made: dict[int, dict[str, np.ndarray]] = {}
+    for spec, tensors, data in _chunks(conn, segment_id, read_manifest(row["manifest"])):
+        if spec.kind != LayerKind.KEYFRAME:
+            continue
+        assert spec.tokens == 0
+        assert row["start"] <= spec.position <= row["end"]
+        raw = data
+        for layer, _, tensor in tensors:
+            size = math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
+            whole = np.frombuffer(raw[:size], f"<i{ITEM_BYTES[tensor.dtype]}").reshape(tensor.shape)
+            made.setdefault(spec.position, {})[f"{tensor.name}.{layer}"] = whole
+            raw = raw[size:]
+        assert not raw
+    return made
+
+
+def chain_of(conn: sa.Connection, state: Mapping[str, Any]) -> list[tuple[dict[str, Any], int]]:
+    """The segments a turn's state stands on, first to last, each with the position up to which it counts."""
+    at, chain, upto = state["segment"], [], state["state_end"]
+    while at is not None:
+        row = _one(conn, segment, at)
+        assert row["start"] < upto <= row["end"]
+        chain.append((row, upto))
+        at, upto = row["base_segment"], row["start"]
+    return chain[::-1]
+
+
+def expected_state(conn: sa.Connection, chain: Sequence[tuple[dict[str, Any], int]]) -> dict[str, torch.Tensor]:
+    """All rows and keyframes along a chain of segments, under the referee's names."""
+    parts: dict[tuple[int, int], list[np.ndarray]] = {}
+    frames: dict[int, dict[str, np.ndarray]] = {}
+    for row, upto in chain:
+        for key, rows in stored_rows(conn, row["id"])[1].items():
+            parts.setdefault(key, []).append(rows[: upto - row["start"]])
+        found = stored_frames(conn, row["id"])
+        # One at the very position where a segment begins is its own, whatever its base has there.
+        frames |= {position: frame for position, frame in found.items() if position <= upto}
+    layers = expand(read_manifest(chain[0][0]["manifest"]).layers)
+    expect: dict[str, torch.Tensor] = {}
+    for (layer, number), pieces in parts.items():
+        tensor = layers[layer].tensors[number]
+        whole = np.moveaxis(np.concatenate(pieces), 0, tensor.token_axis)  # heads before tokens, as the model has them
+        expect[f"{tensor.name}.{layer}"] = torch.from_numpy(np.ascontiguousarray(whole))
+    for position, frame in frames.items():
+        for name, array in frame.items():
+            expect[f"frame.{position}.{name}"] = torch.from_numpy(array.copy())
+    return expect
 
 
 def export(
@@ -133,15 +205,9 @@ def export(
     folder.mkdir(parents=True)
     with database.read() as conn:
         state = _one(conn, turn_state, state_row)
-        at, chain, upto = state["segment"], [], state["state_end"]
-        while at is not None:
-            row, rows = stored_rows(conn, at)
-            chain.append((row, rows, upto))
-            assert row["start"] < upto <= row["end"]
-            at, upto = row["base_segment"], row["start"]
-        chain.reverse()
+        chain = chain_of(conn, state)
         passes = []
-        for row, _, _ in chain:
+        for row, upto in chain:
             tokens = path_tokens(conn, row["node"], row["end"])
             assert len(tokens) == row["end"]
             record = read_provenance(_one(conn, provenance, row["provenance"])["record"])
@@ -150,13 +216,10 @@ def export(
             passes += [
                 {"keep": a, "tokens": tokens[a:b], "positions": list(range(a, b)), "threads": record.threads}
                 for a, b in each
+                if a < upto  # what the base computed behind the point it is left at has no part in this
             ]
         path = path_tokens(conn, state["node"], state["state_end"])
-    expect: dict[str, torch.Tensor] = {}
-    for layer, number in chain[0][1]:
-        parts = [rows[layer, number][: end - row["start"]] for row, rows, end in chain]
-        whole = np.moveaxis(np.concatenate(parts), 0, 1)  # heads before tokens, as the model has them
-        expect[f"{('keys', 'values')[number]}.{layer}"] = torch.from_numpy(np.ascontiguousarray(whole))
+        expect = expected_state(conn, chain)
     last = state["state_end"] - 1
     if state["hidden"] is not None:
         integers = np.frombuffer(state["hidden"], f"<i{ITEM_BYTES[state['hidden_dtype']]}")

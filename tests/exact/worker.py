@@ -1,9 +1,10 @@
 """A process that converses at random, and checks what earlier processes left: run by the tests, with one argument.
 
-The argument is a JSON object: scenarios (name, kind, dtype, codec, threads, folder), folder, process, trials, grid,
-seed, end ("close", "flush" or "kill"). Each scenario has a store and a journal in the folder. The journal says of each
-turn what the process that made it saw in its own live buffers, and what a run that never stopped generated next; every
-later process must find the same. The last line printed is a JSON object with counts and failures.
+The argument is a JSON object: scenarios (name, kind, dtype, codec, threads, folder, words, longest), folder, process,
+trials, grid, seed, end ("close", "flush" or "kill"). Each scenario has a store and a journal in the folder. The journal
+says of each turn what the process that made it saw in its own live state, and what a run that never stopped generated
+next, and of random tokens within turns what was restored there; every later process must find the same. The last line
+printed is a JSON object with counts and failures.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import random
 import signal
 import sys
 import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +30,14 @@ from kvloom.engine import TransformersEngine
 from kvloom.live import LiveState
 from kvloom.loom import KVLoom
 from kvloom.sampling import SamplingSettings
+from kvloom_proto.records import LayerKind
 from kvloom_store import refs, trie, turns
 from kvloom_store.names import parse_ref
 from kvloom_store.turns import TurnState
 
 STEPS = 20
+ENDS_KEPT = 12
+"""Ends of passes of a turn that the journal keeps, at most about twice."""
 WORDS = [
     "the",
     "and",
@@ -61,12 +67,31 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 
 def rows_of(live: LiveState, end: int) -> list[str]:
-    """A digest of rows [0, end) of each tensor of each layer, as they stand in live memory."""
-    return [
-        sha(np.ascontiguousarray(live.source.rows(layer, number, 0, end)).tobytes())
-        for layer, spec in enumerate(live.specs)
-        for number in range(len(spec.tensors))
-    ]
+    """A digest of the rows [0, end) of each tensor, as they stand in live memory; of a window those still in sight."""
+    found = []
+    for layer, spec in enumerate(live.specs):
+        if spec.kind in (LayerKind.ROWS, LayerKind.WINDOW):
+            first = max(0, end - spec.window + 1) if spec.kind == LayerKind.WINDOW else 0
+            for number in range(len(spec.tensors)):
+                found.append(sha(np.ascontiguousarray(live.source.rows(layer, number, first, end)).tobytes()))
+    return found
+
+
+def frame_of(live: LiveState) -> list[str] | None:
+    """A digest of each tensor that is overwritten in place, as it is now; None for a model that has none."""
+    if not any(spec.kind == LayerKind.KEYFRAME for spec in live.specs):
+        return None
+    held = live.frame()
+    return [sha(array.tobytes()) for layer in sorted(held) for array in held[layer]]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What came out of a pass: how many tokens it ran, and digests of its logits and of the frames after it."""
+
+    tokens: int
+    logits: str
+    frame: list[str] | None
 
 
 class Scenario:
@@ -86,20 +111,21 @@ class Scenario:
         self.loom = KVLoom(folder / f"{self.name}.db", model=self.engine, codec=spec["codec"])
         self.journal_path = folder / f"{self.name}.jsonl"
         self.journal: dict[str, dict[str, Any]] = {}
+        self.points: dict[tuple[str, int], dict[str, Any]] = {}
         if self.journal_path.exists():
             for line in self.journal_path.read_text().splitlines():
-                entry = json.loads(line)
-                self.journal[entry["turn"]] = entry
+                self._remember(json.loads(line))
         self.counts = {"trials": 0, "L0": 0, "L1": 0, "replayed": 0, "reused": 0, "live": 0, "turns": 0, "passes": 0}
+        self.counts |= {"points": 0, "points again": 0, "points seen live": 0}
         self.failures: list[str] = []
-        self.logits: dict[int, str] = {}
+        self.seen: dict[int, Seen] = {}  # by length, of the passes of the last run
         self.trace: list[str] = []
         run_pass = self.engine.run_pass
 
         def watched(live: LiveState, ids: Any) -> torch.Tensor:
             logits = run_pass(live, ids)
-            self.logits[live.length] = sha(bits(logits))
-            self.trace.append(self.logits[live.length])
+            self.seen[live.length] = Seen(len(ids), sha(bits(logits)), frame_of(live))
+            self.trace.append(self.seen[live.length].logits)
             self.counts["passes"] += 1
             return logits
 
@@ -107,9 +133,15 @@ class Scenario:
 
     def note(self, entry: dict[str, Any]) -> None:
         """Write an entry into the journal, for this process and those to come."""
-        self.journal[entry["turn"]] = entry
+        self._remember(entry)
         with self.journal_path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
+
+    def _remember(self, entry: dict[str, Any]) -> None:
+        if "point" in entry:
+            self.points[entry["turn"], entry["point"]] = entry
+        else:
+            self.journal[entry["turn"]] = entry
 
     def check(self, level: str, turn: str, what: str, expected: Any, found: Any) -> None:
         """Count a comparison; keep what failed."""
@@ -143,19 +175,24 @@ class Scenario:
                 break
         generator.close()
         live.truncate(live.captured)
-        return {"tokens": tokens, "logits": sha(json.dumps([first, *self.trace]).encode())}
+        return {"tokens": tokens, "first": first, "logits": sha(json.dumps([first, *self.trace]).encode())}
 
-    def observe(self, turn: str) -> None:
+    def observe(self, turn: str, seen: Mapping[int, Seen]) -> None:
         """Right after a run: what live memory holds for a turn of it, and how the run would have gone on."""
         live = self.loom.resumer.live
         state, ids = self.state_of(turn)
         if live is None:
             return
+        passes = {at: each for at, each in seen.items() if state.state_start < at <= state.state_end}
+        last = passes.get(state.state_end)
+        some = sorted(passes)[:: max(1, len(passes) // ENDS_KEPT)]
         entry = {
             "turn": turn,
             "end": state.state_end,
             "rows": rows_of(live, state.state_end),
-            "logits": self.logits.get(state.state_end) if state.hidden is not None else None,
+            "frame": last.frame if last else None,
+            "logits": last.logits if last and state.hidden is not None else None,
+            "ends": {str(at): asdict(passes[at]) for at in some},
             "next": None,
         }
         if live.length == state.state_end:
@@ -167,7 +204,7 @@ class Scenario:
         self.counts["turns"] += 1
 
     def restore(self, turn: str) -> None:
-        """Bring a turn back: L0 its rows, L1 what comes next, against what was seen when it was made."""
+        """Bring a turn back: L0 its state, L1 what comes next, against what was seen when it was made."""
         entry = self.journal[turn]
         state, ids = self.state_of(turn)
         pending = ids if len(ids) - state.state_end <= 1 else ids[: state.state_end]
@@ -178,6 +215,8 @@ class Scenario:
             self.check("L1", turn, "notices", [], account.notices)
             if live.length >= state.state_end:
                 self.check("L0", turn, "rows", entry["rows"], rows_of(live, state.state_end))
+            if live.length == state.state_end and entry["frame"] is not None:
+                self.check("L0", turn, "frame", entry["frame"], frame_of(live))
             if live.length == state.state_end == len(pending) and live.hidden is not None and entry["logits"]:
                 found = sha(bits(self.engine.logits_of(live.hidden)))
                 self.check("L1", turn, "logits of the hidden state", entry["logits"], found)
@@ -186,6 +225,48 @@ class Scenario:
             self.note({**entry, "next": found_next})
         else:
             self.check("L1", turn, "what comes next", entry["next"], found_next)
+
+    def point(self, rng: random.Random, turns_known: list[str]) -> None:
+        """Restore at a random token of a random turn, or where some process did before, and go on from there."""
+        before = [key for key in self.points if key[0] in turns_known]
+        if before and rng.random() < 0.5:
+            turn, at = rng.choice(before)
+        else:
+            turn = rng.choice(turns_known)
+            end, ends = self.journal[turn]["end"], sorted(map(int, self.journal[turn]["ends"]))
+            at = rng.choice(ends) if ends and rng.random() < 0.4 else rng.randint(1, end)
+        self.restore_at(turn, at)
+        if rng.random() < 0.2:
+            self.loom.resumer.forget()
+            self.restore_at(turn, at)
+
+    def restore_at(self, turn: str, at: int) -> None:
+        """Bring back a turn's first ``at`` tokens: the same as ever, and as the run that never stopped had them."""
+        state, ids = self.state_of(turn)
+        ends = self.journal[turn]["ends"].get(str(at))
+        with self.engine.lock:
+            live, account = self.loom.resumer.resume(ids[:at], state, room=STEPS, logits=False)
+            self.counts["replayed"] += account.replayed
+            self.counts["reused"] += account.reused
+            self.check("L1", turn, f"notices at {at}", [], account.notices)
+            self.check("L1", turn, f"length at {at}", at, live.length)
+            found: dict[str, Any] = {"turn": turn, "point": at, "rows": rows_of(live, at), "frame": frame_of(live)}
+            if ends is not None:
+                self.check("L1", turn, f"frame live at {at}", ends["frame"], found["frame"])
+                self.counts["points seen live"] += 1
+            live, _ = self.loom.resumer.resume(ids[:at], state, room=STEPS)
+            self.trace.clear()
+            found["next"] = self.go_on(live, ids[:at])
+        first = found["next"]["first"]
+        if ends is not None and (ends["tokens"] == 1 or at == state.state_end):
+            self.check("L1", turn, f"logits live at {at}", ends["logits"], first)
+        known = self.points.get((turn, at))
+        if known is None:
+            self.note(found)
+        for what in ("rows", "frame", "next") if known else ():
+            self.check("L1", turn, f"{what} at {at}", known[what], found[what])
+        self.counts["points"] += 1
+        self.counts["points again"] += known is not None
 
     def talk(self, rng: random.Random, turn: str | None) -> None:
         """Fork at a turn (None: begin), and go on from there in some way."""
@@ -218,25 +299,31 @@ class Scenario:
         elif last is not None and what < 0.5:
             run = branch.regenerate(cancel=cancel, progress=progress, **settings)
         else:
-            words = rng.choice([2, 6, 15, 60]) if rng.random() < 0.9 else 250
+            words = rng.choice(self.spec.get("words", [2, 6, 15, 60]))
+            if rng.random() < 0.1:
+                words = self.spec.get("many_words", 250)
             text = " ".join(rng.choice(WORDS) for _ in range(words)) + rng.choice(".?!")
             run = branch.stream(text, cancel=cancel, progress=progress, **settings)
         before = {each.id for each in session.tree()}
+        self.seen.clear()
         for pieces, _ in enumerate(run, 1):
             if cancel is not None and how > 0.2 and pieces == 3:
                 break  # the caller walks away
             if cancel is not None and pieces == 5:
                 cancel.set()
         new = [each for each in session.tree() if each.id not in before]
+        seen = dict(self.seen)  # to look at a turn may run further
         for each in new:
-            self.observe(each.id)
+            self.observe(each.id, seen)
 
     def trial(self, rng: random.Random, *, unwritten: bool) -> None:
         """Choose a turn, bring it back, compare, go on from there; ``unwritten``: the state of that is lost."""
         self.counts["trials"] += 1
-        known = [turn for turn, entry in self.journal.items() if entry["end"] < 1200]
+        longest = self.spec.get("longest", 1200)
+        known = [turn for turn, entry in self.journal.items() if entry["end"] < longest]
         turn = rng.choice(known) if known else None
         if turn is not None:
+            self.point(rng, known)
             self.restore(turn)
             if rng.random() < 0.3:
                 self.loom.resumer.forget()
