@@ -335,11 +335,11 @@ def test_gemma_3_270m_converts_loads_and_has_read_a_book(tmp_path):
         assert np.array_equal(weight.numpy(), values), name
 
     # With a wrong window or rope base it would not know what comes next, least of all beyond the window.
-    text = (ROOT / "examples" / "data" / "pride_and_prejudice.txt").read_text(encoding="utf-8")[3000:8000]
+    text = (ROOT / "examples" / "data" / "pride_and_prejudice.txt").read_text(encoding="utf-8")[3000:6200]
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     with torch.inference_mode():
         logits = model(ids).logits[0]
     losses = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="none")
-    assert len(losses) > 1100
+    assert len(losses) > 650
     assert losses[:512].mean() < 3.5
     assert losses[512:].mean() < 3.5
