@@ -114,7 +114,7 @@ def _file(model: str) -> Path | None:
         return Path(cached) if isinstance(cached, str) else None
     if source.path is None:
         return None
-    folder = convert.found(source.path) if source.kind == "gguf" else source.path
+    folder = convert.found(source) if source.kind == "gguf" else source.path
     return folder / TOKENIZER if folder is not None else None
 
 
