@@ -39,7 +39,10 @@ DEFAULT_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"""
 """For models without a template of their own: the system text and a blank line, then ``User: ...`` and
-``Assistant: ...`` lines. Nothing in it ends a reply, so the caller stops at ``"\\nUser:"``."""
+``Assistant: ...`` lines. Nothing in it ends a reply, so it ends at `DEFAULT_STOP`."""
+
+DEFAULT_STOP = ("\nUser:",)
+"""Where a reply under `DEFAULT_TEMPLATE` ends, unless the caller says otherwise: the user would speak next."""
 
 # Keys of an assistant message that templates render and that are not its content.
 _BESIDES_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
@@ -207,7 +210,8 @@ def extend(
     except SessionError:  # a path that begins with a reply: there is nothing a template would render
         seen = ""
     if replied and seen and full.startswith(seen):
-        rest = _after_reply(tokenizer, full[len(seen) :], history[-1], parent[-1], eos_ids)
+        said = parent[reply_start:] if reply_start is not None else ()
+        rest = _after_reply(tokenizer, full[len(seen) :], history[-1], said, parent[-1], eos_ids)
         if rest is not None:
             return Prompt((*parent, *_encode(tokenizer, rest, marker, parent[-1])), len(parent), False)
 
@@ -217,11 +221,13 @@ def extend(
     return Prompt(ids, kept, kept < len(parent))
 
 
-def _after_reply(tokenizer: Any, tail: str, reply: Message, last: int, eos_ids: frozenset[int]) -> str | None:
+def _after_reply(
+    tokenizer: Any, tail: str, reply: Message, said: Sequence[int], last: int, eos_ids: frozenset[int]
+) -> str | None:
     """``tail`` less the reply it begins with and the end-of-turn text, where the model has seen that.
 
     None where ``tail`` does not begin with the reply as it was said: the template has changed it.
-    ``last`` is the last token id of the reply.
+    ``said`` are the token ids of the reply (empty if unknown), ``last`` is the last of the path.
     """
     content = reply.get("content", "")
     if not isinstance(content, str) or any(reply.get(key) for key in _BESIDES_CONTENT):
@@ -237,7 +243,10 @@ def _after_reply(tokenizer: Any, tail: str, reply: Message, last: int, eos_ids: 
     for text in (rest, rest.lstrip()):  # Llama 2 puts a space before it
         if end and text.startswith(end):
             return text[len(end) :]
-    return rest
+    # A reply that met a stop string: the model has written the string, which its text ends before.
+    spoken = tokenizer.decode(list(said), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    stop = spoken[len(content) :] if spoken.startswith(content) else ""
+    return rest.removeprefix(stop)
 
 
 def _aligned(
