@@ -20,7 +20,7 @@ BELOW = {
 # when they are called, so that listing and reading a store costs nothing.
 TENSORS = {"engine", "live", "support", "resume", "loop"}
 TENSORS_LATE = {"models", "convert", "identity", "sampling", "cli.about"}
-TRANSFORMERS_LATE = TENSORS_LATE | {"quiet", "template"}
+TRANSFORMERS_LATE = TENSORS_LATE | {"quiet", "template", "template_file"}
 CACHES = {"engine", "live", "support", "loop"}
 
 
