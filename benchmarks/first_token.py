@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.common import machine, spread, timed, words
 
 PREFIX = 4096
-QUESTION = "Question {}: who is the speaker of the first sentence, and to whom? Answer in one line."
+QUESTION = "Question {}: who speaks first, and to whom?"
 
 
 def prepare(store: Path, dtype: str, tokens: int) -> None:

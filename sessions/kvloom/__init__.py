@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kvloom.engine import TransformersEngine
     from kvloom.errors import KVLoomError
     from kvloom.loom import KVLoom, load_engine, open
-    from kvloom.report import Reply, Seconds, Tokens
+    from kvloom.report import Reply, Restored, Seconds, Tokens
     from kvloom.sampling import SamplingSettings
     from kvloom.session import Session, TreeTurn
     from kvloom.template import ChatTemplate
@@ -33,6 +33,7 @@ __all__ = [
     "KVLoom",
     "KVLoomError",
     "Reply",
+    "Restored",
     "SamplingSettings",
     "Seconds",
     "Session",
@@ -51,6 +52,7 @@ _HOME = {
     "KVLoom": "loom",
     "KVLoomError": "errors",
     "Reply": "report",
+    "Restored": "report",
     "SamplingSettings": "sampling",
     "Seconds": "report",
     "Session": "session",

@@ -40,6 +40,7 @@ class KVLoom:
         dtype: str = "auto",
         device: str = "cpu",
         codec: str = DEFAULT_CODEC,
+        keyframe_spacing: int | None = None,
         must_exist: bool = False,
         progress: Progress | None = None,
     ) -> None:
@@ -47,6 +48,8 @@ class KVLoom:
 
         ``model`` is an alias, a folder, a .gguf file or a hub name, or an engine that holds a model already.
         ``codec`` is how new state is stored: raw, planes-lz4, or auto (planes-lz4 where it helps).
+        ``keyframe_spacing``: of models that overwrite state in place (recurrent, SSM, convolution), a copy is kept at
+        least every so many tokens (default 256): a restore at any token runs at most so many again.
 
         Raises:
             NotAStore, SchemaTooNew, StoreUnavailable, StoreLocked
@@ -56,6 +59,7 @@ class KVLoom:
         self._model = model
         self._dtype = dtype
         self._device = device
+        self._keyframe_spacing = keyframe_spacing
         self._progress = progress
         self._prefetch: Prefetch | None = None
         self._closed = False
@@ -69,7 +73,13 @@ class KVLoom:
             raise EngineError("no model was given", hint='open the store with one: kvloom.open(model="smollm2")')
         if not isinstance(self._model, str):
             return self._model
-        return load_engine(self._model, dtype=self._dtype, device=self._device, progress=self._progress)
+        return load_engine(
+            self._model,
+            dtype=self._dtype,
+            device=self._device,
+            keyframe_spacing=self._keyframe_spacing,
+            progress=self._progress,
+        )
 
     @property
     def has_engine(self) -> bool:
@@ -254,7 +264,12 @@ class KVLoom:
 
 
 def load_engine(
-    name: str, *, dtype: str = "auto", device: str = "cpu", progress: Progress | None = None
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    keyframe_spacing: int | None = None,
+    progress: Progress | None = None,
 ) -> TransformersEngine:
     """Find a model by alias, folder, .gguf file or hub name, and load it. Raises EngineError and its kinds."""
     from kvloom import models
@@ -262,8 +277,11 @@ def load_engine(
     source = models.resolve(name)
     loaded = models.load(source, dtype=dtype, device=device, progress=progress)  # type: ignore[arg-type]
     from kvloom.engine import TransformersEngine
+    from kvloom.passes import KEYFRAME_SPACING
 
-    engine = TransformersEngine(loaded.model, loaded.tokenizer, name=source.name)
+    engine = TransformersEngine(
+        loaded.model, loaded.tokenizer, name=source.name, keyframe_spacing=keyframe_spacing or KEYFRAME_SPACING
+    )
     gc.collect()  # 0.2 to 0.3 s that are due after loading so much, and would fall into the first reply
     return engine
 

@@ -15,6 +15,7 @@ from kvloom_store.database import Database
 from kvloom_store.names import Ref
 from kvloom_store.restore import Plan
 from kvloom_store.rows import RowBuffer
+from kvloom_store.turns import TurnState
 
 ROOM = 1024
 """Tokens the buffer is larger than the state, so that the next turns need no other one."""
@@ -28,7 +29,8 @@ class Prefetch:
         self._database = database
         self._ref = Ref(session, branch, 0)
         self._buffer: RowBuffer | None = None
-        self._plan: Plan | None = None
+        self.plan: Plan | None = None
+        self.bytes_read = 0
         self._thread = threading.Thread(target=self._run, name="kvloom-prefetch", daemon=True)
         self._thread.start()
 
@@ -36,7 +38,7 @@ class Prefetch:
         """The buffer and the plan whose rows it holds, if it was filled and fits a model's layers; only once."""
         self._thread.join()
         buffer, self._buffer = self._buffer, None
-        return (buffer, self._plan) if self._plan and buffer is not None and buffer.layers == layers else None
+        return (buffer, self.plan) if self.plan and buffer is not None and buffer.layers == layers else None
 
     def _run(self) -> None:
         try:
@@ -47,17 +49,22 @@ class Prefetch:
     def _load(self) -> None:
         with self._database.read() as conn:
             point = refs.resolve(conn, self._ref)
-            for turn in reversed(turns.path_to(conn, point.turn)):
-                held = [state for state in turns.states_of(conn, [turn.row]) if state.segment is not None]
-                if held:
-                    break
-            else:
+            path = reversed(turns.path_to(conn, point.turn))
+            states = (state for turn in path for state in turns.states_of(conn, [turn.row]))
+            found = next(((segment, state.state_end) for state in states if (segment := _segment(state))), None)
+            if found is None:
                 return
-            state = held[0]
-            assert state.segment is not None
-            links = restore.chain(conn, state.segment)
+            segment, end = found
+            links = restore.chain(conn, segment)
             layers = links[-1].manifest.layers
-            self._plan = restore.plan(links, state.state_end, layers)
-            buffer = RowBuffer(layers, state.state_end + ROOM)
-            restore.load(conn, links, self._plan.rows, self._plan.windows, buffer)
+            self.plan = restore.plan(links, end, layers)
+            buffer = RowBuffer(layers, end + ROOM)
+            self.bytes_read = restore.load(conn, links, self.plan.rows, self.plan.windows, buffer)
         self._buffer = buffer
+
+
+def _segment(state: TurnState) -> int | None:
+    """The segment that holds a turn's state: its own, or its base's if it has no rows of its own (a cut turn)."""
+    if state.segment is None and state.state_start == state.state_end:
+        return state.base_segment
+    return state.segment

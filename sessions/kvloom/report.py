@@ -31,6 +31,21 @@ class Seconds:
 
 
 @dataclass(frozen=True, slots=True)
+class Restored:
+    """What the restore planner had read, and from where it had passes run again.
+
+    ``rows`` were read of layers that see every token, ``window_rows`` of layers that see the last few (0: they were in
+    memory). State that is overwritten in place came from the keyframe at position ``keyframe`` (None: the model has no
+    such state), and the recorded passes from there were run again. ``bytes_read`` is what all that is in the file.
+    """
+
+    rows: int = 0
+    window_rows: int = 0
+    keyframe: int | None = None
+    bytes_read: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
     """One finished run. ``turn`` is the id of the reply, or of the user's turn where nothing was generated.
 
@@ -47,6 +62,7 @@ class Reply:
     tokens_per_second: float | None
     model: str
     seed: int | None = None
+    restored: Restored = Restored()
     notices: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:

@@ -32,11 +32,15 @@ from kvloom_store.writer import Handle, Job, Writer
 
 @dataclass(slots=True)
 class Account:
-    """What bringing back cost: tokens loaded, tokens run again, seconds, and what the user should be told."""
+    """What bringing back cost: tokens loaded, tokens run again, seconds, what was read (``report.Restored``), and what
+    the user should be told. ``whole``: rows behind windows are wanted, too."""
 
     reused: int = 0
     replayed: int = 0
     seconds: float = 0.0
+    rows: int = 0
+    window_rows: int = 0
+    keyframe: int | None = None
     bytes_read: int = 0
     whole: bool = False
     notices: list[str] = field(default_factory=list)
@@ -51,6 +55,7 @@ class Resumer:
         self.writer = writer
         self.root = root
         self.live: LiveState | None = None
+        self._ahead: Prefetch | None = None  # what was read ahead counts where it is used first
 
     def resume(
         self,
@@ -76,6 +81,9 @@ class Resumer:
         """
         began, account = time.perf_counter(), Account(whole=whole)
         live = self._live(len(ids) + room)
+        if self._ahead is not None and self._ahead.plan is not None:
+            _count(account, self._ahead.plan.rows, self._ahead.plan.windows, self._ahead.bytes_read)
+            self._ahead = None
         if tip is not None:
             upto = min(tip.state_end, len(ids))
             known = tip.hidden if upto == tip.state_end else None
@@ -99,7 +107,7 @@ class Resumer:
         live.show(plan.position)
         live.chain = [Link(Handle(read.segment), read.start, read.end) for read in plan.rows]
         live.window_base, live.frame_at = plan.base, None
-        self.live = live
+        self.live, self._ahead = live, prefetch
 
     def start_anew(self, tokens: int) -> LiveState:
         """An empty live state, for a run that reuses nothing."""
@@ -349,17 +357,17 @@ class Resumer:
         elif windows:
             live.window_base = 0 if account.whole else plan.base
         if isinstance(live.source, RowBuffer):
-            account.bytes_read += restore.load(conn, links, rows, windows, live.source)
+            _count(account, rows, windows, restore.load(conn, links, rows, windows, live.source))
         elif rows or windows:
             staging = RowBuffer(live.layers, plan.position)
-            account.bytes_read += restore.load(conn, links, rows, windows, staging)
+            _count(account, rows, windows, restore.load(conn, links, rows, windows, staging))
             for kind, reads in ((LayerKind.ROWS, rows), (LayerKind.WINDOW, windows)):
                 if reads:
                     live.take(staging, kind, reads[0].start, reads[-1].end)
         live.show(plan.position)
         if plan.keyframe is None:
             return
-        at = plan.keyframe.position
+        account.keyframe = at = plan.keyframe.position
         if plan.keyframe.segment is not None:
             frame, size = restore.load_keyframe(conn, links, plan.keyframe)
             account.bytes_read += size
@@ -411,6 +419,12 @@ class Resumer:
         if hidden is not None:
             live.hidden = hidden_tensor(*hidden, self.engine.device)
         return None
+
+
+def _count(account: Account, rows: Sequence[restore.Read], windows: Sequence[restore.Read], size: int) -> None:
+    account.rows += sum(read.end - read.start for read in rows)
+    account.window_rows += sum(read.end - read.start for read in windows)
+    account.bytes_read += size
 
 
 def _holds(live: LiveState, state: TurnState, upto: int) -> bool:

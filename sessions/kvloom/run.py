@@ -16,7 +16,7 @@ from kvloom.engine import Cancelled, Progress
 from kvloom.errors import SessionError
 from kvloom.layers import dtype_name
 from kvloom.passes import schedule_of
-from kvloom.report import Reply, Seconds, Tokens
+from kvloom.report import Reply, Restored, Seconds, Tokens
 from kvloom.resume import Account, hidden_bytes
 from kvloom.sampling import SamplingSettings, fresh_seed
 from kvloom.textstream import TextStream
@@ -328,5 +328,6 @@ class Run:
             tokens_per_second=rate,
             model=self._engine.name,
             seed=self._seed,
+            restored=Restored(account.rows, account.window_rows, account.keyframe, account.bytes_read),
             notices=tuple(self._notices),
         )

@@ -177,6 +177,7 @@ def _open(
         model=name,
         dtype=own or dtype or chosen.dtype,
         codec=chosen.codec or DEFAULT_CODEC,
+        keyframe_spacing=int(chosen.keyframe_spacing),
         must_exist=must_exist,
         progress=bars.stage,
     )
