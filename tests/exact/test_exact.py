@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 import kvloom.engine
-from exact import harness, worker
+from exact import harness, trials, worker
 from kvloom.convert import convert
 from kvloom.engine import TransformersEngine
 from kvloom.loom import KVLoom
@@ -35,10 +36,9 @@ GRID = 32
 PROCESSES = 9
 TRIALS = 2
 SEED = 20250131
-ENDS = ("close", "kill", "flush")
 JOBS_EACH = 4
 
-CODECS = ("raw", "planes-lz4", "auto")
+CODECS = trials.CODECS
 KINDS = ("llama", "qwen3", "gpt2", "phi", "deepseek_v3")
 SCENARIOS = [
     {"name": f"{kind}-{dtype}", "kind": kind, "dtype": dtype, "codec": CODECS[number % 3], "threads": threads}
@@ -73,18 +73,13 @@ class Outcome:
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     folder = tmp_path_factory.mktemp("random")
     print(f"seed {SEED}, grid {GRID}, {PROCESSES} rounds of {TRIALS} trials in each of {len(SCENARIOS)} stores")
-    results = []
-    for number in range(PROCESSES):
-        end = ENDS[number % 3]
-        spec = {
-            "folder": str(folder),
-            "process": number,
-            "trials": TRIALS,
-            "grid": GRID,
-            "seed": SEED,
-            "end": end,
-        }
-        results.append(harness.work({**spec, "scenarios": SCENARIOS}, killed=end != "close"))
+    shares = [TRIALS] * PROCESSES
+
+    def group(number: int) -> trials.Results:
+        return trials.converse(folder, SCENARIOS[number::2], shares, grid=GRID, seed=SEED)
+
+    with ThreadPoolExecutor(2) as pool:  # two groups of stores at a time, each in nine processes
+        results = [one | other for one, other in zip(*pool.map(group, range(2)), strict=True)]
     return Outcome(folder, results)
 
 
