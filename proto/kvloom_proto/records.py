@@ -60,7 +60,10 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """``count`` layers in a row, from ``index`` on, that are alike."""
+    """``count`` layers in a row, from ``index`` on, that are alike.
+
+    A layer here is state of one kind: a model's layer that keeps both keys and values and a recurrent state is two.
+    """
 
     index: int
     count: int
@@ -71,13 +74,15 @@ class LayerSpec:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes that one token adds to one of these layers."""
+        """Bytes that one token adds to one of these layers; of a keyframe, all its bytes."""
         return sum(tensor.row_bytes for tensor in self.tensors)
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkSpec:
-    """One stored blob: rows [position, position + tokens) of layers [layer, layer + layers)."""
+    """One stored blob: of those of the layers [layer, layer + layers) that are of this kind, the rows
+    [position, position + tokens), or the whole state as it was after ``position`` tokens (a keyframe; ``tokens`` is 0).
+    """
 
     kind: LayerKind
     position: int
@@ -110,6 +115,11 @@ class Manifest:
     def stored_bytes(self) -> int:
         """Bytes as stored."""
         return sum(chunk.stored_length for chunk in self.chunks)
+
+    @property
+    def keyframes(self) -> list[int]:
+        """The positions at which the layers that are overwritten in place are stored whole, in order."""
+        return sorted({chunk.position for chunk in self.chunks if chunk.kind == LayerKind.KEYFRAME})
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,9 +169,14 @@ def expand(layers: tuple[LayerSpec, ...]) -> list[LayerSpec]:
     return [spec for spec in layers for _ in range(spec.count)]
 
 
-def chunk_raw_bytes(layers: list[LayerSpec], layer: int, count: int, tokens: int) -> int:
-    """Raw bytes of a chunk of ``tokens`` rows of layers [layer, layer + count)."""
-    return sum(spec.row_bytes for spec in layers[layer : layer + count]) * tokens
+def covered(layers: list[LayerSpec], chunk: ChunkSpec) -> list[int]:
+    """The layers whose state is in a chunk: those of its range that are of its kind, in order."""
+    return [n for n in range(chunk.layer, chunk.layer + chunk.layers) if layers[n].kind == chunk.kind]
+
+
+def chunk_raw_bytes(layers: list[LayerSpec], chunk: ChunkSpec) -> int:
+    """Raw bytes of a chunk."""
+    return sum(layers[n].row_bytes for n in covered(layers, chunk)) * (chunk.tokens or 1)
 
 
 def pack(record: Manifest | Schedule | Provenance) -> bytes:
@@ -241,7 +256,7 @@ def read_manifest(data: bytes) -> Manifest:
         _limit("manifest.layers", index, limits.MAX_LAYERS)
     chunks = tuple(_read_chunk(chunk) for chunk in message.chunks)
     manifest = Manifest(message.start, message.end, message.chunk_tokens, layers, chunks)
-    _check_rows_covered_once(manifest)
+    _check_covered_once(manifest)
     return manifest
 
 
@@ -297,30 +312,43 @@ def _read_chunk(message: pb.ChunkSpec) -> ChunkSpec:
     )
 
 
-def _check_rows_covered_once(manifest: Manifest) -> None:
-    """Each row of each layer of rows must stand in exactly one chunk, of the length its specs announce."""
+STORED_BY_ROW = (LayerKind.ROWS, LayerKind.WINDOW)
+"""Kinds of layers that add a row for each token."""
+
+
+def _check_covered_once(manifest: Manifest) -> None:
+    """Each row, and each layer of each keyframe, must stand in exactly one chunk, of the length its specs announce."""
     layers = expand(manifest.layers)
     seen: set[tuple[int, int]] = set()
-    covered = 0
+    rows = frames = 0
     for chunk in manifest.chunks:
-        if chunk.kind != LayerKind.ROWS:
-            raise FormatError(f"chunks of kind {chunk.kind.name} are not known yet", field="chunk.kind")
-        if not manifest.start <= chunk.position < chunk.position + chunk.tokens <= manifest.end:
-            raise FormatError("a chunk lies outside its segment", field="chunk.position")
-        if chunk.position // manifest.chunk_tokens != (chunk.position + chunk.tokens - 1) // manifest.chunk_tokens:
-            raise FormatError("a chunk crosses a chunk boundary", field="chunk.tokens")
-        if not 0 < chunk.layers <= len(layers) - chunk.layer:
+        if chunk.layer + chunk.layers > len(layers):
             raise FormatError("a chunk names layers that are not there", field="chunk.layers")
-        for layer in range(chunk.layer, chunk.layer + chunk.layers):
-            if layers[layer].kind != LayerKind.ROWS or (chunk.position, layer) in seen:
-                raise FormatError("rows are stored twice, or for a layer without rows", field="chunk.layer")
-            seen.add((chunk.position, layer))
-            covered += chunk.tokens
-        if chunk.raw_length != chunk_raw_bytes(layers, chunk.layer, chunk.layers, chunk.tokens):
-            raise FormatError("a chunk's length is not that of its rows", field="chunk.raw_length")
-    rows = sum(spec.kind == LayerKind.ROWS for spec in layers)
-    if covered != rows * (manifest.end - manifest.start):
+        if chunk.kind in STORED_BY_ROW:
+            _check_rows(manifest, chunk)
+        elif chunk.kind != LayerKind.KEYFRAME:
+            raise FormatError(f"chunks of kind {chunk.kind.name} are not known yet", field="chunk.kind")
+        elif chunk.tokens or not manifest.start <= chunk.position <= manifest.end:
+            raise FormatError("a keyframe lies outside its segment", field="chunk.position")
+        here = covered(layers, chunk)
+        if not here or any((chunk.position, layer) in seen for layer in here):
+            raise FormatError("state is stored twice, or for no layer", field="chunk.layer")
+        seen.update((chunk.position, layer) for layer in here)
+        rows += chunk.tokens * len(here)
+        frames += len(here) if chunk.kind == LayerKind.KEYFRAME else 0
+        if chunk.raw_length != chunk_raw_bytes(layers, chunk):
+            raise FormatError("a chunk's length is not that of its state", field="chunk.raw_length")
+    if rows != sum(spec.kind in STORED_BY_ROW for spec in layers) * (manifest.end - manifest.start):
         raise FormatError("the chunks do not cover every row", field="manifest.chunks")
+    if frames != sum(spec.kind == LayerKind.KEYFRAME for spec in layers) * len(manifest.keyframes):
+        raise FormatError("a keyframe lacks some of its layers", field="manifest.chunks")
+
+
+def _check_rows(manifest: Manifest, chunk: ChunkSpec) -> None:
+    if not manifest.start <= chunk.position < chunk.position + chunk.tokens <= manifest.end:
+        raise FormatError("a chunk lies outside its segment", field="chunk.position")
+    if chunk.position // manifest.chunk_tokens != (chunk.position + chunk.tokens - 1) // manifest.chunk_tokens:
+        raise FormatError("a chunk crosses a chunk boundary", field="chunk.tokens")
 
 
 def read_schedule(data: bytes) -> Schedule:

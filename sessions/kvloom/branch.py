@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kvloom.errors import InvalidText, ModelMismatch, NothingToDo, RefNotFound
@@ -59,7 +60,8 @@ class Branch:
 
         ``sampling`` are fields of SamplingSettings (max_tokens, temperature, seed, stop ...), in place of
         ``settings``. ``reuse=False`` loads no stored state. ``cancel`` is a threading.Event that ends the
-        reply; what was said so far is kept as an interrupted turn.
+        reply; what was said so far is kept as an interrupted turn. Under the default template, for models that
+        bring none, ``stop`` is ``kvloom.template.DEFAULT_STOP`` unless it is given (``stop=()``: nowhere).
 
         Raises:
             InvalidText, ModelMismatch, ContextOverflow, ReuseRequired; nothing is stored then.
@@ -87,7 +89,7 @@ class Branch:
         )
         self._loom.engine.check_ids(prompt.ids)
         options = self._options(reuse, require_reuse, cancel, progress)
-        return self._run(parent, tip, prompt.ids, prompt.kept, message, _settings(settings, sampling), options)
+        return self._run(parent, tip, prompt.ids, prompt.kept, message, self._chosen(settings, sampling), options)
 
     def continue_reply(
         self,
@@ -106,11 +108,12 @@ class Branch:
         parent, tip = _tip(path, states)
         if parent is None or tip is None:
             raise NothingToDo("nothing was said on this branch yet", hint="kvloom say SESSION TEXT")
-        if tip.tokens and tip.tokens[-1] in self._loom.engine.eos_ids and parent.role == "assistant":
+        ended = bool(tip.tokens) and tip.tokens[-1] in self._loom.engine.eos_ids
+        if parent.role == "assistant" and (ended or self._ended_by_default(parent)):
             raise NothingToDo("the reply is complete", hint="kvloom say goes on, kvloom regenerate tries again")
         options = self._options(True, False, cancel, progress)
         continues = parent.role == "assistant"
-        return self._go_on(parent, tip, _settings(settings, sampling), options, continues=continues)
+        return self._go_on(parent, tip, self._chosen(settings, sampling), options, continues=continues)
 
     def regenerate(
         self,
@@ -132,7 +135,7 @@ class Branch:
         if parent is None or tip is None or parent.role == "system":
             raise NothingToDo("there is no reply to regenerate", hint="kvloom say SESSION TEXT")
         return self._go_on(
-            parent, tip, _settings(settings, sampling), self._options(True, False, cancel, progress), continues=False
+            parent, tip, self._chosen(settings, sampling), self._options(True, False, cancel, progress), continues=False
         )
 
     def undo(self) -> None:
@@ -174,6 +177,21 @@ class Branch:
                 states.setdefault(state.turn, []).append(state)
         best = {row: turns.best_state(some, self._loom.root) for row, some in states.items()}
         return path, {row: state for row, state in best.items() if state is not None}
+
+    def _chosen(self, settings: SamplingSettings | None, sampling: Mapping[str, Any]) -> SamplingSettings:
+        """What was asked for; under the default template a reply stops where the user would speak next."""
+        from kvloom.template import DEFAULT_STOP
+
+        chosen = _settings(settings, sampling)
+        given = "stop" in sampling or bool(chosen.stop)
+        return chosen if given or not self.session_template().is_default else replace(chosen, stop=DEFAULT_STOP)
+
+    def _ended_by_default(self, reply: Turn) -> bool:
+        """Whether a reply ended as those under the default template do, which no token ends."""
+        from kvloom.template import DEFAULT_STOP
+
+        stops = tuple(reply.settings.get("stop", ()))
+        return reply.finish_reason == "stop" and stops == DEFAULT_STOP and self.session_template().is_default
 
     def _options(
         self, reuse: bool, require_reuse: bool, cancel: threading.Event | None, progress: Progress | None
@@ -230,11 +248,13 @@ def merged(path: Sequence[Turn], states: Mapping[int, TurnState]) -> tuple[list[
     """
     messages: list[dict[str, Any]] = []
     reply_start: int | None = None
+    dropped = ""
     for turn in path:
         state = states.get(turn.row)
+        # A reply stopped within a character ended in a stand-in for it, which the continuation replaces.
+        stopped_in, dropped = dropped, turn.settings.get("dropped", "")  # of a cut turn's text it was left out
         if turn.continues and messages and messages[-1]["role"] == "assistant":
-            # A reply stopped within a character ended in a stand-in for it, which the continuation replaces.
-            earlier = messages[-1]["content"].removesuffix(turn.settings.get("reopened", ""))
+            earlier = (messages[-1]["content"] + stopped_in).removesuffix(turn.settings.get("reopened", ""))
             messages[-1] = {**messages[-1], "content": earlier + turn.text}
             continue
         messages.append(dict(turn.message))

@@ -3,7 +3,8 @@
     convert(source)  ->  Path     made the first time, found by the file's content afterwards
 
 A folder is written beside its final place and renamed when it is whole, so a process that dies leaves nothing
-that could be taken for a model, and of two that race one wins. Importing this module costs no torch.
+that could be taken for a model, and of two that race one wins. A file that is shipped in parts is put together in
+there too, and only for as long as it is read. Importing this module costs no torch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,15 +31,22 @@ from kvloom.quiet import Progress, explained, gc_paused, patching, quiet, refuse
 _NOTE = "kvloom.json"  # written last into a converted folder: with it the folder is whole
 _CONVERSION = 1  # raised when conversion here changes, so that older folders are left alone
 _TEMPORARY = ".converting-"
+_FIRST_PART = ".part00"  # what follows the name of a file that is shipped in parts
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Where a model is. ``name`` is what the user typed; ``path`` is None for a hub name."""
+    """Where a model is. ``name`` is what the user typed; ``path`` is None for a hub name.
+
+    A GGUF file may be shipped in parts: ``path`` is the first then, ``rest`` are the others in their order, and
+    ``content`` is the XXH3-128 of the whole, by which parts that don't belong together are noticed.
+    """
 
     name: str
     kind: Literal["folder", "gguf", "hub"]
     path: Path | None
+    rest: tuple[Path, ...] = ()
+    content: str | None = None
 
 
 def cache_root() -> Path:
@@ -48,7 +56,7 @@ def cache_root() -> Path:
 
 
 def convert(source: ModelSource, progress: Progress | None = None) -> Path:
-    """Return the safetensors folder of a GGUF file, making it the first time (SmolLM2: about 9 s).
+    """Return the safetensors folder of a GGUF file, making it the first time (SmolLM2: about 9 s, Gemma 3 270M: 30).
 
     The folder is named by the file's content, not its path or time: a file that was moved or touched is
     not converted twice, one that was changed is never mistaken for the old one, and hashing it costs a
@@ -66,10 +74,16 @@ def convert(source: ModelSource, progress: Progress | None = None) -> Path:
     report = progress or silent
     root = cache_root() / "models"
     with explained(source.name, gguf=True):
-        before = source.path.stat()
-        digest = _content_digest(source.path, report)
-        stem = re.sub(r"[^\w.-]+", "-", source.path.stem)[:80].lstrip(".")
-        folder = root / f"{stem}-v{_CONVERSION}-{digest[:16]}"
+        files = (source.path, *source.rest)
+        before = _stamps(files)
+        digest = _content_digest(files, report)
+        if source.content not in (None, digest):
+            raise EngineError(
+                f"the parts of {source.name} do not make the file they should",
+                hint="one is cut short or of another version: install them again with pip install --force-reinstall",
+            )
+        file = source.path.name.removesuffix(_FIRST_PART)
+        folder = _named(file, digest)
         if _is_whole(folder):
             return folder
         for private in (root.parent, root):  # mode is for the last folder only: parents go by umask
@@ -82,15 +96,28 @@ def convert(source: ModelSource, progress: Progress | None = None) -> Path:
                     shutil.rmtree(leftover, ignore_errors=True)
             work = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=root))  # 0700
             try:
-                _convert_into(work, source, report)
-                after = source.path.stat()
-                if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-                    raise EngineError(f"{source.path.name} changed while it was read", hint="try again")
-                _seal(work, source.path, digest)
+                with _in_one_piece(files, work / file, report) as gguf:
+                    _convert_into(work, source.name, gguf, report)
+                if _stamps(files) != before:
+                    raise EngineError(f"{file} changed while it was read", hint="try again")
+                _seal(work, file, sum(size for size, _ in before), digest)
                 _publish(work, folder)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
     return folder
+
+
+def found(source: ModelSource) -> Path | None:
+    """The folder of a GGUF file, if it was converted before; nothing is made. Raises OSError."""
+    assert source.path is not None
+    file = source.path.name.removesuffix(_FIRST_PART)
+    folder = _named(file, source.content or _content_digest((source.path, *source.rest), silent))
+    return folder if _is_whole(folder) else None
+
+
+def _named(file: str, digest: str) -> Path:
+    stem = re.sub(r"[^\w.-]+", "-", Path(file).stem)[:80].lstrip(".")
+    return cache_root() / "models" / f"{stem}-v{_CONVERSION}-{digest[:16]}"
 
 
 def converted() -> list[tuple[Path, int]]:
@@ -99,17 +126,47 @@ def converted() -> list[tuple[Path, int]]:
     return [(folder, sum(note["files"].values())) for folder, note in noted if note is not None]
 
 
-def _content_digest(path: Path, report: Progress) -> str:
-    """XXH3-128 of a file, in hex."""
+def _content_digest(files: Sequence[Path], report: Progress) -> str:
+    """XXH3-128 of a file, in hex; of several, as if they were one."""
     digest = xxhash.xxh3_128()
-    size, done = path.stat().st_size, 0
-    report("reading", 0.0)
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-            done += len(block)
-            report("reading", min(1.0, done / max(size, 1)))
+    for block in _blocks(files, "reading", report):
+        digest.update(block)
     return digest.hexdigest()
+
+
+def _blocks(files: Sequence[Path], stage: str, report: Progress) -> Iterator[bytes]:
+    """The bytes of some files, one after the other."""
+    size, done = sum(size for size, _ in _stamps(files)), 0
+    report(stage, 0.0)
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                yield block
+                done += len(block)
+                report(stage, min(1.0, done / max(size, 1)))
+
+
+def _stamps(files: Sequence[Path]) -> list[tuple[int, int]]:
+    """Sizes and times: equal before and after means that nobody wrote meanwhile."""
+    return [(stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in files)]
+
+
+@contextlib.contextmanager
+def _in_one_piece(files: Sequence[Path], whole: Path, report: Progress) -> Iterator[Path]:
+    """A GGUF file as readers want it: parts are put together at ``whole``, which is gone again afterwards.
+
+    That lies in the folder being made, so whatever ends the conversion takes it away, too.
+    """
+    if len(files) == 1:
+        yield files[0]
+        return
+    try:
+        with whole.open("wb") as file:
+            for block in _blocks(files, "assembling", report):
+                file.write(block)
+        yield whole
+    finally:
+        whole.unlink(missing_ok=True)
 
 
 def _note(folder: Path) -> dict[str, Any] | None:
@@ -155,24 +212,23 @@ def _one_converter(root: Path, report: Progress) -> Iterator[bool]:
         os.close(descriptor)  # which unlocks, as does the death of the process
 
 
-def _convert_into(work: Path, source: ModelSource, report: Progress) -> None:
-    assert source.path is not None
+def _convert_into(work: Path, name: str, gguf: Path, report: Progress) -> None:
     report("parsing", 0.0)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    options: dict[str, Any] = {"gguf_file": source.path.name, "local_files_only": True}
+    options: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
     with gc_paused(), quiet(report), _gguf_parsed_once():
         model, info = AutoModelForCausalLM.from_pretrained(
-            source.path.parent,
+            gguf.parent,
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,
             **options,
         )
-        refuse_missing(source.name, info)
+        refuse_missing(name, info)
         report("tokenizer", 0.0)
-        tokenizer = AutoTokenizer.from_pretrained(source.path.parent, **options)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
         report("tokenizer", 1.0)
         report("writing", 0.0)
         model.save_pretrained(work)
@@ -180,14 +236,14 @@ def _convert_into(work: Path, source: ModelSource, report: Progress) -> None:
         report("writing", 1.0)
 
 
-def _seal(work: Path, gguf: Path, digest: str) -> None:
+def _seal(work: Path, gguf: str, size: int, digest: str) -> None:
     """Make the folder private and durable, and write the note that says it is whole."""
     import transformers
 
     note = {
         "conversion": _CONVERSION,
-        "source": gguf.name,
-        "source_size": gguf.stat().st_size,
+        "source": gguf,
+        "source_size": size,
         "source_xxh3_128": digest,
         "transformers": transformers.__version__,
         "files": {path.name: path.stat().st_size for path in sorted(work.iterdir())},

@@ -1,8 +1,7 @@
 """The engine: tokens in, tokens and state out. The only module that runs the model.
 
-Prefill is cut into passes at multiples of GRID, counted from the conversation's first token, so that the state of a
-shared prefix is the same whoever computed it (a short turn is one pass); decoding feeds one token a pass. Every pass is
-in the schedule that is stored with the turn, and running that schedule again gives the same bits.
+Prefill is cut into the passes that ``passes`` plans; decoding feeds one token a pass. Every pass is in the schedule
+that is stored with the turn, and running that schedule again gives the same bits.
 """
 
 from __future__ import annotations
@@ -15,20 +14,20 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from kvloom import support
+from kvloom import passes, support
 from kvloom._version import __version__
 from kvloom.errors import ContextOverflow, EngineError, UnsupportedInput, UnsupportedModel
 from kvloom.identity import ModelIdentity, identity_of
-from kvloom.live import LiveState, dtype_name, layer_specs
+from kvloom.layers import StateList, dtype_name
+from kvloom.live import LiveState
+from kvloom.probe import Probe
+from kvloom.rope import LengthDependentRope
 from kvloom.sampling import SamplingSettings, choose
-from kvloom_proto.records import LayerSpec, Pass, Provenance, Schedule
-
-GRID = 1024
-"""Tokens of a prefill pass. On SmolLM2 at 4,096 tokens this costs 0 to 6 % against one single pass, where 512 costs
-about 10 % (benchmarks/NOTES.md); a smaller grid would share more, a larger one would hold Ctrl-C up for longer."""
+from kvloom_proto.records import LayerSpec, Provenance, Schedule
+from kvloom_store.rows import RowBuffer
 
 Progress = Callable[[int, int], None]
 """Called before each pass of a prefill with the tokens done and the tokens there are to do."""
@@ -45,12 +44,24 @@ class TransformersEngine:
     settings are left alone, but for the moment of an exact replay.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str | None = None) -> None:
-        """Take a model the caller holds; it is checked with a pass over one token.
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str | None = None,
+        keyframe_spacing: int = passes.KEYFRAME_SPACING,
+    ) -> None:
+        """Take a model the caller holds; it is checked with a few passes over a few tokens.
+
+        ``keyframe_spacing``: state that is overwritten in place is copied at least every so many tokens, which is
+        what a restore at any token may have to run again.
 
         Raises:
             UnsupportedModel: it keeps state that this version cannot capture exactly.
         """
+        if not 16 <= keyframe_spacing <= 1 << 20:
+            raise EngineError(f"a keyframe spacing of {keyframe_spacing} tokens makes no sense", hint="try 256")
         support.check_model(model)
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -61,16 +72,21 @@ class TransformersEngine:
         self.context_limit = support.context_limit(self.config)
         self.vocab_size = int(self.config.vocab_size)
         self.eos_ids = _eos_ids(model, tokenizer)
+        self.keyframe_spacing = keyframe_spacing
+        self._cache_argument = support.cache_argument(model) or ""
         self._takes_position_ids = support.takes(model, "position_ids")
         self._takes_logits_to_keep = support.takes(model, "logits_to_keep")
-        self._base: Any = getattr(model, model.base_model_prefix)
+        self._base: Any = getattr(model, model.base_model_prefix, None) or getattr(model, "model", model)
         self._last_hidden: torch.Tensor | None = None
         self._output_class: Any = BaseModelOutputWithPast  # the decoder's own, once it has run
         self._base.register_forward_hook(self._keep_hidden)
-        self.layers: tuple[LayerSpec, ...] = self._probe()
+        self._rope = LengthDependentRope(model)
+        self._probe = Probe(model, self._forward)
+        self.layers: tuple[LayerSpec, ...] = self._probe.layers
+        self._check_hidden()
         # The tokenizer's digest costs 30 ms; it is made again only if tokens were added to it.
-        self._tokenizer_length = len(tokenizer)
-        self._named = identity_of(model, tokenizer)
+        self._tokenizer_length: int = len(tokenizer)
+        self._named: ModelIdentity = identity_of(model, tokenizer)
 
     def identity(self) -> ModelIdentity:
         """What defines the function, now: adapters may have been switched since the last call."""
@@ -92,9 +108,14 @@ class TransformersEngine:
             engine=f"kvloom {__version__}",
         )
 
-    def new_state(self, capacity: int) -> LiveState:
-        """An empty state with room for ``capacity`` tokens."""
-        return LiveState(self.layers, min(capacity, self.context_limit), self.device)
+    def new_state(self, capacity: int, buffer: RowBuffer | None = None) -> LiveState:
+        """An empty state with room for ``capacity`` tokens, or over a buffer."""
+        return LiveState(self.layers, self._probe.new_cache, min(capacity, self.context_limit), self.device, buffer)
+
+    def passes(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """The passes in which tokens [start, end) are run (``passes.grid_passes``)."""
+        keyframes = self.keyframe_spacing if self._probe.has_keyframes else 0
+        return passes.grid_passes(start, end, keyframes=keyframes, one_by_one=self._probe.one_by_one)
 
     def check_ids(self, ids: Sequence[int], *, room: int = 1) -> None:
         """Refuse ids the model does not have, or more of them (and ``room`` more) than its context holds.
@@ -117,20 +138,36 @@ class TransformersEngine:
         """
         start = live.length
         live.reserve(start + len(ids))
+        before = live.frame() if live.has_keyframes else None
+        self._rope.reset()
+        try:
+            output = self._forward(live.cache, ids, start)
+        except BaseException:
+            live.truncate(start)
+            if before is not None:
+                live.put_frame(before if start else None, start)
+            raise
+        live.advance(len(ids))
+        if live.length % self.keyframe_spacing == 0:
+            live.keep_frame()
+        live.hidden = self._last_hidden
+        logits: torch.Tensor = output.logits[0, -1]
+        return logits
+
+    def _forward(self, cache: Any, ids: Sequence[int], start: int) -> Any:
+        """The model's own forward over tokens that follow ``start`` others whose state a cache holds."""
         inputs: dict[str, Any] = {"input_ids": torch.tensor([ids], device=self.device)}
         if self._takes_position_ids:  # always given: some models count from 0 without them
             inputs["position_ids"] = torch.arange(start, start + len(ids), device=self.device)[None]
         if self._takes_logits_to_keep:
             inputs["logits_to_keep"] = 1
-        try:
-            with torch.inference_mode():
-                output = self.model(**inputs, past_key_values=live.cache, use_cache=True)
-        except BaseException:
-            live.truncate(start)
-            raise
-        live.hidden = self._last_hidden
-        logits: torch.Tensor = output.logits[0, -1]
-        return logits
+        listed = isinstance(cache, StateList)
+        inputs[self._cache_argument] = cache.state if listed else cache
+        with torch.inference_mode():
+            output = self.model(**inputs, use_cache=True)
+        if listed:
+            cache.state = output.state
+        return output
 
     def logits_of(self, hidden: torch.Tensor) -> torch.Tensor:
         """The logits ``[vocab]`` that follow from a final hidden state ``[1, 1, hidden_size]``.
@@ -166,7 +203,7 @@ class TransformersEngine:
         """
         logits = None
         first, last = live.length, live.length + len(ids)
-        for start, end in grid_passes(first, last):
+        for start, end in self.passes(first, last):
             if cancel is not None and cancel.is_set():
                 raise Cancelled
             if progress is not None:
@@ -227,56 +264,66 @@ class TransformersEngine:
                     raise EngineError("the recorded passes do not follow what is held")
                 self.run_pass(live, ids[start:end])
 
+    def bring_forward(
+        self,
+        live: LiveState,
+        ids: Sequence[int],
+        steps: Sequence[tuple[int, int, int]],
+        *,
+        cancel: threading.Event | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Bring state that is overwritten in place from where it stands to where ``live``'s rows end.
+
+        ``ids`` are the tokens of the whole path, ``steps`` the passes to run: start, end, threads. The rows that these
+        passes compute besides are thrown away: those that were there stay, bit for bit.
+
+        Raises:
+            Cancelled: between two passes; the live state is not ready then.
+        """
+        first, end = steps[0][0], live.length
+        frames, stored = dict(live.frames), set(live.stored)
+        put_back = live.put_aside(first, end)
+        live.show(first)
+        try:
+            for start, stop, threads in steps:
+                if cancel is not None and cancel.is_set():
+                    raise Cancelled
+                if progress is not None:
+                    progress(start - first, end - first)
+                with _threads(threads):
+                    for begin, last in self._cuts(start, stop):
+                        self.run_pass(live, ids[begin:last])
+        except BaseException:
+            live.frame_at = None
+            raise
+        finally:
+            put_back()
+            live.frames, live.stored, live.hidden = frames, stored, None
+
+    def _cuts(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """One pass as it is recorded, or tokens one by one where the model can take them in no other way."""
+        if self._probe.one_by_one and start:
+            yield from ((at, at + 1) for at in range(start, end))
+        else:
+            yield start, end
+
+    def _check_hidden(self) -> None:
+        """A reply is taken up from the final hidden state alone: the logits must follow from it."""
+        output = self._forward(self._probe.new_cache()[0], [0], 0)
+        if self._last_hidden is None or not torch.equal(self.logits_of(self._last_hidden), output.logits[0, -1]):
+            raise UnsupportedModel(type(self.model).__name__, "its logits do not follow from its last hidden state")
+
     def _keep_hidden(self, _module: object, _inputs: object, output: Any) -> None:
         if not hasattr(output, "last_hidden_state"):
             raise UnsupportedModel(type(self.model).__name__, "its decoder does not return a last hidden state")
         self._last_hidden = output.last_hidden_state[:, -1:]
         self._output_class = type(output)
 
-    def _probe(self) -> tuple[LayerSpec, ...]:
-        """Run one token through the model's own kind of cache, and see what is in it."""
-        cache = DynamicCache(config=self.model.config)
-        token = torch.zeros((1, 1), dtype=torch.long, device=self.device)
-        with torch.inference_mode():
-            output = self.model(input_ids=token, past_key_values=cache, use_cache=True)
-        support.check_probe(self.model, cache, 1)
-        if self._last_hidden is None:
-            raise UnsupportedModel(type(self.model).__name__, "its decoder was not called")
-        if not torch.equal(self.logits_of(self._last_hidden), output.logits[0, -1]):
-            raise UnsupportedModel(type(self.model).__name__, "its logits do not follow from its last hidden state")
-        return layer_specs(cache)
-
     @property
-    def hidden_dtype(self) -> str:
-        """The dtype name of final hidden states."""
+    def dtype(self) -> str:
+        """The name of the dtype that the model computes in."""
         return dtype_name(self.model.dtype)
-
-
-def grid_passes(start: int, end: int) -> Iterator[tuple[int, int]]:
-    """[start, end) cut at multiples of GRID.
-
-    What begins off the grid and fits into one pass is one pass: cutting a short turn in two doubles the time to its
-    first token, and its state is not one that others begin with.
-    """
-    if start % GRID and start < end <= start + GRID:
-        yield start, end
-        return
-    while start < end:
-        stop = min(end, start - start % GRID + GRID)
-        yield start, stop
-        start = stop
-
-
-def schedule_of(passes: Sequence[tuple[int, int]]) -> Schedule:
-    """Passes as they ran, runs of equal length counted together."""
-    entries: list[Pass] = []
-    for start, end in passes:
-        if entries and entries[-1].tokens == end - start:
-            last = entries.pop()
-            entries.append(Pass(last.start, last.tokens, last.count + 1))
-        else:
-            entries.append(Pass(start, end - start))
-    return Schedule(tuple(entries))
 
 
 @contextlib.contextmanager

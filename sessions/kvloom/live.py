@@ -2,20 +2,21 @@
 
 transformers' own dynamic layer concatenates, which copies the whole cache for every token. Here each layer is a view of
 a preallocated buffer; a forward pass writes its new rows behind the old ones, where they stay until they are stored.
+Tensors that a pass overwrites in place are copied at the points worth coming back to: keyframes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
-from kvloom.errors import UnsupportedInput
-from kvloom_proto.records import LayerKind, LayerSpec, TensorSpec, expand
-from kvloom_store.rows import RowBuffer, Rows, RowSource
+from kvloom.layers import Overwritten, RowLayer, attach
+from kvloom_proto.records import STORED_BY_ROW, LayerKind, LayerSpec, TensorSpec, expand
+from kvloom_store.rows import Captured, Frame, RowBuffer, Rows, RowSource
 from kvloom_store.writer import Handle
 
 CAPACITY_STEP = 1024
@@ -31,11 +32,6 @@ TORCH_DTYPES = {
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """``torch.float32`` as ``float32``."""
-    return str(dtype).removeprefix("torch.")
-
-
 def to_bits(tensor: torch.Tensor) -> Rows:
     """A CPU tensor's elements as unsigned integers, without a copy."""
     array = tensor.view(_BITS[tensor.element_size()]).numpy()
@@ -46,55 +42,6 @@ def from_bits(array: Rows, dtype: str) -> torch.Tensor:
     """The inverse of ``to_bits``: a tensor over the same memory."""
     signed = array if array.itemsize == 1 else array.view(np.dtype(f"i{array.itemsize}"))
     return torch.from_numpy(signed).view(TORCH_DTYPES[dtype])
-
-
-class RowLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed
-    """Keys and values of one layer, ``[1, kv_heads, tokens, head_dim]``, as views of a ``LiveState``'s buffers.
-
-    It is a DynamicLayer to everybody else, so ``model.generate`` takes a cache of these as it is.
-    """
-
-    def __init__(self, state: LiveState, index: int) -> None:
-        super().__init__()
-        self._state = state
-        self._index = index
-        self.length = 0
-        spec = state.specs[index].tensors[0]
-        self.dtype, self.device = TORCH_DTYPES[spec.dtype], state.device
-        self.is_initialized = True
-        self.show(0)
-
-    def show(self, length: int) -> None:
-        """Let the layer end after ``length`` tokens."""
-        self.length = length
-        keys, values = self._state.tensors[self._index]
-        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put the rows of a forward pass behind those that are there; all rows, old and new."""
-        if key_states.shape[0] != 1:
-            raise UnsupportedInput("a kvloom cache holds one sequence, not a batch")
-        start, end = self.length, self.length + key_states.shape[-2]
-        self._state.reserve(end)
-        keys, values = self._state.tensors[self._index]
-        keys[:, :, start:end].copy_(key_states)
-        values[:, :, start:end].copy_(value_states)
-        self.show(end)
-        return self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        """Tokens held."""
-        return self.length
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens; a negative count, as transformers passes it."""
-        self.show(max(0, self.length - abs(tokens_to_remove)))
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.show(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,120 +57,212 @@ class Link:
 class _DeviceRows:
     """Rows of tensors that are not in the machine's own memory, fetched as they are asked for."""
 
-    tensors: list[tuple[torch.Tensor, torch.Tensor]] = field(repr=False)
+    tensors: list[list[torch.Tensor]] = field(repr=False)
+    specs: list[LayerSpec]
 
     def rows(self, layer: int, tensor: int, start: int, end: int) -> Rows:
-        return to_bits(self.tensors[layer][tensor][0, :, start:end].contiguous().cpu())
+        axis = self.specs[layer].tensors[tensor].token_axis
+        return to_bits(self.tensors[layer][tensor][0].narrow(axis, start, end - start).contiguous().cpu())
 
-    def block(self, layer: int, layers: int, start: int, end: int) -> Rows | None:
+    def block(self, layers: object, start: int, end: int) -> Rows | None:
         return None
 
 
 class LiveState:
     """The attention state of one path while it is being extended.
 
-    ``chain`` says which segment each row belongs to; rows behind its end are not captured yet. ``hidden``
-    is the final hidden state ``[1, 1, hidden_size]`` of the last position, from which the next token is chosen.
+    ``cache`` is what the model is given. ``chain`` says which segment each row belongs to; rows behind its end are not
+    captured yet. ``hidden`` is the final hidden state ``[1, 1, hidden_size]`` of the last position, from which the next
+    token is chosen.
+
+    State that is overwritten in place stands at ``frame_at`` (None: nowhere; it must be brought back). ``frames`` are
+    copies of it by position, ``stored`` the positions whose copies are in segments of the chain already.
     """
 
     def __init__(
-        self, layers: tuple[LayerSpec, ...], capacity: int, device: torch.device, buffer: RowBuffer | None = None
+        self,
+        layers: tuple[LayerSpec, ...],
+        new_cache: Callable[[], tuple[Any, Any]],
+        capacity: int,
+        device: torch.device,
+        buffer: RowBuffer | None = None,
     ) -> None:
-        """Room for ``capacity`` tokens; in ``buffer``, if there is one already (on the CPU)."""
+        """Room for ``capacity`` tokens; in ``buffer``, if there is one already (on the CPU).
+
+        ``new_cache`` gives an empty cache of the model's own, and one like it that has seen tokens.
+        """
         self.layers = layers
         self.specs = expand(layers)
         self.device = device
         self.capacity = 0
-        self.tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.tensors: list[list[torch.Tensor]] = []
         self.source: RowSource
         if buffer is not None:
             self._use(buffer)
         else:
             self._allocate(capacity)
-        self._row_layers = [RowLayer(self, index) for index in range(len(self.specs))]
-        self.cache = DynamicCache()
-        self.cache.layers = self._row_layers
-        self.cache.layer_class_to_replicate = None
+        self.cache, like = new_cache()
+        self._row_layers: list[RowLayer]
+        self._overwritten: dict[int, Overwritten]
+        self._row_layers, self._overwritten = attach(self.cache, like, self)
+        self._count = 0
         self.chain: list[Link] = []
         self.hidden: torch.Tensor | None = None
+        self.window_base = 0
+        self.frame_at: int | None = 0
+        self.frames: dict[int, Frame] = {}
+        self.stored: set[int] = set()
 
     def _allocate(self, capacity: int) -> None:
         self.capacity = -(-max(capacity, 1) // CAPACITY_STEP) * CAPACITY_STEP
         if self.device.type == "cpu":
             self._use(RowBuffer(self.layers, self.capacity))
         else:
-            self.tensors = [(self._empty(s.tensors[0]), self._empty(s.tensors[1])) for s in self.specs]
-            self.source = _DeviceRows(self.tensors)
+            self.tensors = [
+                [self._empty(tensor) for tensor in spec.tensors] if spec.kind in STORED_BY_ROW else []
+                for spec in self.specs
+            ]
+            self.source = _DeviceRows(self.tensors, self.specs)
 
     def _use(self, buffer: RowBuffer) -> None:
         self.capacity = buffer.capacity
         self.tensors = [
-            (self._tensor(arrays[0], spec.tensors[0]), self._tensor(arrays[1], spec.tensors[1]))
+            [from_bits(array, tensor.dtype)[None] for array, tensor in zip(arrays, spec.tensors, strict=False)]
             for arrays, spec in zip(buffer.tensors, self.specs, strict=True)
         ]
         self.source = buffer
 
-    @staticmethod
-    def _tensor(array: Rows, spec: TensorSpec) -> torch.Tensor:
-        return from_bits(array, spec.dtype)[None]
-
     def _empty(self, spec: TensorSpec) -> torch.Tensor:
         shape = (1, *spec.shape[: spec.token_axis], self.capacity, *spec.shape[spec.token_axis :])
-        return torch.empty(shape, dtype=TORCH_DTYPES[spec.dtype], device=self.device)
+        return torch.empty(shape, dtype=self.torch_dtype(spec), device=self.device)
+
+    @staticmethod
+    def torch_dtype(spec: TensorSpec) -> torch.dtype:
+        """The dtype of a tensor's elements."""
+        return TORCH_DTYPES[spec.dtype]
 
     @property
     def length(self) -> int:
         """Tokens held: those of the layer that has fewest, so that a pass that was cut short counts for nothing."""
-        return min(layer.length for layer in self._row_layers)
+        return min((layer.length for layer in self._row_layers), default=self._count)
 
     @property
     def captured(self) -> int:
         """Tokens whose rows belong to a segment."""
         return self.chain[-1].end if self.chain else 0
 
+    @property
+    def has_keyframes(self) -> bool:
+        """Whether some of the state is overwritten in place."""
+        return bool(self._overwritten)
+
+    @property
+    def ready(self) -> bool:
+        """Whether a pass may go on from here: all state stands at the same position."""
+        return not self._overwritten or self.frame_at == self.length
+
     def reserve(self, tokens: int) -> None:
         """Make room for so many tokens; what is held is copied if the buffers must grow."""
         if tokens <= self.capacity:
             return
-        old, held = self.tensors, max(layer.length for layer in self._row_layers)
+        old, held = self.tensors, max((layer.length for layer in self._row_layers), default=0)
         self._allocate(max(tokens, self.capacity + self.capacity // 2))
-        for (new_keys, new_values), (keys, values) in zip(self.tensors, old, strict=True):
-            new_keys[:, :, :held].copy_(keys[:, :, :held])
-            new_values[:, :, :held].copy_(values[:, :, :held])
+        for spec, new_tensors, old_tensors in zip(self.specs, self.tensors, old, strict=True):
+            for tensor, new, kept in zip(spec.tensors, new_tensors, old_tensors, strict=False):
+                axis = 1 + tensor.token_axis
+                new.narrow(axis, 0, held).copy_(kept.narrow(axis, 0, held))
         for layer in self._row_layers:
             layer.show(layer.length)
 
+    def advance(self, tokens: int) -> None:
+        """Note that a pass over so many tokens has been run."""
+        self._count += tokens
+        self.frame_at = self.length
+
     def truncate(self, tokens: int) -> None:
-        """Forget everything behind so many tokens. Rows that wait to be stored must not be among them."""
-        for layer in self._row_layers:
-            layer.show(min(layer.length, tokens))
+        """Forget everything behind so many tokens. Rows that wait to be stored must not be among them.
+
+        State that is overwritten in place goes back to a copy of it at that very position; if there is none, the live
+        state is not ``ready`` any more.
+        """
+        self.show(min(self.length, tokens))
         self.chain = [Link(k.handle, k.start, min(k.end, tokens)) for k in self.chain if k.start < tokens]
         self.hidden = None
+        self.window_base = min(self.window_base, tokens) if tokens == 0 else self.window_base
+        self.frames = {position: frame for position, frame in self.frames.items() if position <= tokens}
+        self.stored = {position for position in self.stored if position <= tokens}
+        if self._overwritten and self.frame_at != self.length:
+            self._go_back()
 
-    def take(self, rows: RowBuffer, start: int, end: int) -> None:
-        """Copy rows [start, end) that were loaded into another buffer (needed where the device is not the CPU)."""
-        for index, spec in enumerate(self.specs):
-            for number, tensor in enumerate(spec.tensors):
-                loaded = from_bits(np.ascontiguousarray(rows.rows(index, number, start, end)), tensor.dtype)
-                self.tensors[index][number][0, :, start:end].copy_(loaded)
+    def _go_back(self) -> None:
+        self.frame_at = None
+        if self.length == 0:
+            self.put_frame(None, 0)
+        elif self.length in self.frames:
+            self.put_frame(self.frames[self.length], self.length)
 
     def show(self, tokens: int) -> None:
         """Let every layer end after so many tokens, whose rows have been put in place."""
         for layer in self._row_layers:
             layer.show(tokens)
+        self._count = tokens
 
+    def take(self, rows: RowSource, kind: LayerKind, start: int, end: int) -> None:
+        """Copy rows [start, end) of layers of a kind from other memory: of another buffer, or put aside before."""
+        for index, spec in enumerate(self.specs):
+            if spec.kind != kind:
+                continue
+            for number, tensor in enumerate(spec.tensors):
+                loaded = from_bits(np.ascontiguousarray(rows.rows(index, number, start, end)), tensor.dtype)
+                self.tensors[index][number][0].narrow(tensor.token_axis, start, end - start).copy_(loaded)
 
-def layer_specs(cache: DynamicCache) -> tuple[LayerSpec, ...]:
-    """What a cache that has seen a token holds, layer by layer; layers that are alike are counted together."""
-    specs: list[LayerSpec] = []
-    for index, layer in enumerate(cache.layers):
-        tensors = tuple(
-            TensorSpec(name, dtype_name(tensor.dtype), (tensor.shape[1], tensor.shape[3]), 1)
-            for name, tensor in (("keys", layer.keys), ("values", layer.values))
-        )
-        if specs and specs[-1].tensors == tensors:
-            last = specs.pop()
-            specs.append(LayerSpec(last.index, last.count + 1, LayerKind.ROWS, tensors))
-        else:
-            specs.append(LayerSpec(index, 1, LayerKind.ROWS, tensors))
-    return tuple(specs)
+    def put_aside(self, start: int, end: int) -> Callable[[], None]:
+        """Copy rows [start, end) of every layer; what is returned puts them back and lets the layers end there."""
+        saved = [
+            [t.narrow(1 + s.token_axis, start, end - start).clone() for t, s in zip(ts, spec.tensors, strict=False)]
+            for ts, spec in zip(self.tensors, self.specs, strict=True)
+        ]
+
+        def put_back() -> None:
+            for ts, spec, copies in zip(self.tensors, self.specs, saved, strict=True):
+                for tensor, s, copy in zip(ts, spec.tensors, copies, strict=False):
+                    tensor.narrow(1 + s.token_axis, start, end - start).copy_(copy)
+            self.show(end)
+
+        return put_back
+
+    # --- state that is overwritten in place ---
+
+    def frame(self) -> Frame:
+        """A copy of the state that is overwritten in place, by layer."""
+        return {
+            number: [to_bits(tensor[0].detach().cpu().clone().contiguous()) for tensor in held.tensors().values()]
+            for number, held in self._overwritten.items()
+        }
+
+    def put_frame(self, frame: Frame | None, position: int) -> None:
+        """Let the state that is overwritten in place be this copy, taken at ``position``; None for the beginning."""
+        for number, held in self._overwritten.items():
+            held.put({} if frame is None else self._tensors_of(number, frame))
+        self.frame_at = position
+
+    def _tensors_of(self, number: int, frame: Frame) -> dict[str, torch.Tensor]:
+        return {
+            spec.name: from_bits(np.array(array), spec.dtype)[None].to(self.device)  # a copy: passes write into it
+            for spec, array in zip(self.specs[number].tensors, frame[number], strict=True)
+        }
+
+    def keep_frame(self) -> None:
+        """Copy the state that is overwritten in place, to be stored with the next segment; once a position."""
+        at = self.frame_at
+        if self._overwritten and at and at == self.length and at not in self.frames:
+            self.frames[at] = self.frame()
+
+    def take_captured(self) -> Captured:
+        """What the rows behind the chain's end are stored from; only copies at that end stay in ``frames``."""
+        self.keep_frame()
+        start, end = self.captured, self.length
+        new = {p: frame for p, frame in self.frames.items() if start <= p <= end and p not in self.stored}
+        self.stored.update(new)
+        self.frames = {p: frame for p, frame in self.frames.items() if p == end}
+        return Captured(self.source, new)

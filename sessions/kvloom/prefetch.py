@@ -9,11 +9,11 @@ from __future__ import annotations
 import threading
 
 from kvloom_proto.errors import KVLoomError
-from kvloom_proto.records import LayerSpec, read_manifest
+from kvloom_proto.records import LayerSpec
 from kvloom_store import refs, restore, turns
 from kvloom_store.database import Database
 from kvloom_store.names import Ref
-from kvloom_store.restore import Read
+from kvloom_store.restore import Plan
 from kvloom_store.rows import RowBuffer
 
 ROOM = 1024
@@ -28,15 +28,15 @@ class Prefetch:
         self._database = database
         self._ref = Ref(session, branch, 0)
         self._buffer: RowBuffer | None = None
-        self._reads: list[Read] = []
+        self._plan: Plan | None = None
         self._thread = threading.Thread(target=self._run, name="kvloom-prefetch", daemon=True)
         self._thread.start()
 
-    def take(self, layers: tuple[LayerSpec, ...]) -> tuple[RowBuffer, list[Read]] | None:
-        """The buffer and what it holds, if it was filled and fits a model's layers; only once."""
+    def take(self, layers: tuple[LayerSpec, ...]) -> tuple[RowBuffer, Plan] | None:
+        """The buffer and the plan whose rows it holds, if it was filled and fits a model's layers; only once."""
         self._thread.join()
         buffer, self._buffer = self._buffer, None
-        return (buffer, self._reads) if buffer is not None and buffer.layers == layers else None
+        return (buffer, self._plan) if self._plan and buffer is not None and buffer.layers == layers else None
 
     def _run(self) -> None:
         try:
@@ -56,7 +56,8 @@ class Prefetch:
             state = held[0]
             assert state.segment is not None
             links = restore.chain(conn, state.segment)
-            self._reads = restore.plan(links, state.state_end)
-            buffer = RowBuffer(read_manifest(links[-1].manifest).layers, state.state_end + ROOM)
-            restore.load(conn, links, self._reads, buffer)
+            layers = links[-1].manifest.layers
+            self._plan = restore.plan(links, state.state_end, layers)
+            buffer = RowBuffer(layers, state.state_end + ROOM)
+            restore.load(conn, links, self._plan.rows, self._plan.windows, buffer)
         self._buffer = buffer

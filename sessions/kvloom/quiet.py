@@ -14,8 +14,8 @@ from typing import Any
 from kvloom.errors import EngineError, KVLoomError, UnsupportedModel
 
 Progress = Callable[[str, float], None]
-"""Told the stage and how much of that stage is done, 0.0 to 1.0. Converting: (waiting,) reading, parsing,
-de-quantising, loading, tokenizer, writing; then loading. A hub model: downloading, loading."""
+"""Told the stage and how much of that stage is done, 0.0 to 1.0. Converting: reading, (waiting, assembling,)
+parsing, de-quantising, loading, tokenizer, writing; then loading. A hub model: downloading, loading."""
 
 patching = threading.RLock()
 """Held while settings of the process are changed: one thread at a time does that."""

@@ -19,12 +19,13 @@ import torch
 from kvloom.engine import Progress, TransformersEngine
 from kvloom.errors import EngineError, ReuseRequired, StoreError
 from kvloom.live import TORCH_DTYPES, Link, LiveState
+from kvloom.passes import KEYFRAME_SPACING
 from kvloom.prefetch import Prefetch
-from kvloom_proto.records import Schedule
+from kvloom_proto.records import LayerKind, Schedule
 from kvloom_store import healing, held, restore, segments, trie, turns
 from kvloom_store.database import Database
 from kvloom_store.restore import StateDamaged
-from kvloom_store.rows import RowBuffer
+from kvloom_store.rows import Captured, RowBuffer
 from kvloom_store.turns import TurnState
 from kvloom_store.writer import Handle, Job, Writer
 
@@ -37,6 +38,7 @@ class Account:
     replayed: int = 0
     seconds: float = 0.0
     bytes_read: int = 0
+    whole: bool = False
     notices: list[str] = field(default_factory=list)
 
 
@@ -57,26 +59,32 @@ class Resumer:
         *,
         room: int,
         logits: bool = True,
+        whole: bool = False,
         require_reuse: bool = False,
         cancel: threading.Event | None = None,
         progress: Progress | None = None,
     ) -> tuple[LiveState, Account]:
         """A live state that holds as much of ``ids`` as can be had without computing anything new.
 
-        ``tip`` is the state that must be gone on from, all of whose tokens ``ids`` begin with; None takes whatever is
-        held of ``ids``. ``room`` tokens more will be run. If all of ``ids`` is held, ``live.hidden`` is set, unless no
-        ``logits`` are wanted.
+        ``tip`` is the state that must be gone on from: ``ids`` begin with its tokens, or with some of them and end
+        there. None takes whatever is held of ``ids``. ``room`` tokens more will be run. If all of ``ids`` is held,
+        ``live.hidden`` is set, unless no ``logits`` are wanted; where no hidden state is kept of the last token, that
+        token is left to be run. ``whole``: load all rows of windows, not only those that are still seen.
 
         Raises:
             ReuseRequired: ``require_reuse``, and something would have to be replayed.
         """
-        began, account = time.perf_counter(), Account()
+        began, account = time.perf_counter(), Account(whole=whole)
         live = self._live(len(ids) + room)
         if tip is not None:
-            self._bring_back(live, tip, tip.state_end, account, require_reuse, cancel, progress)
-        self._load_more(live, ids, tip, account)
-        if logits and live.length == len(ids) and live.hidden is None:
-            self._hidden_of(live, tip)
+            upto = min(tip.state_end, len(ids))
+            known = tip.hidden if upto == tip.state_end else None
+            if logits and upto == len(ids) and known is None:
+                upto -= 1
+            self._bring_back(live, tip, upto, account, require_reuse, cancel, progress)
+            if known is not None and tip.hidden_dtype and live.hidden is None:
+                live.hidden = hidden_tensor(known, tip.hidden_dtype, self.engine.device)
+        self._load_more(live, ids, tip, account, logits, cancel, progress)
         account.reused = live.length - account.replayed
         account.seconds = time.perf_counter() - began
         return live, account
@@ -86,10 +94,11 @@ class Resumer:
         taken = prefetch.take(self.engine.layers) if self.engine.device.type == "cpu" and self.live is None else None
         if taken is None:
             return
-        buffer, reads = taken
-        live = LiveState(self.engine.layers, buffer.capacity, self.engine.device, buffer)
-        live.show(reads[-1].end)
-        live.chain = [Link(Handle(read.segment), read.start, read.end) for read in reads]
+        buffer, plan = taken
+        live = self.engine.new_state(buffer.capacity, buffer)
+        live.show(plan.position)
+        live.chain = [Link(Handle(read.segment), read.start, read.end) for read in plan.rows]
+        live.window_base, live.frame_at = plan.base, None
         self.live = live
 
     def start_anew(self, tokens: int) -> LiveState:
@@ -108,7 +117,8 @@ class Resumer:
             return
         handle = Handle(state=state)
         base = live.chain[-1].handle if live.chain else None
-        self.writer.submit(Job(handle, live.source, position.node, start, end, base, live.layers, schedule, provenance))
+        source = live.take_captured()
+        self.writer.submit(Job(handle, source, position.node, start, end, base, live.layers, schedule, provenance))
         live.chain.append(Link(handle, start, end))
 
     def leave(self, live: LiveState, state: int) -> None:
@@ -154,7 +164,9 @@ class Resumer:
                 base = self._base_of(conn, state)
             damaged = False
             if upto > state.state_start:  # else the turn added no rows of its own: its state is its base's
-                damaged = state.segment is not None and not self._loaded(live, state.segment, upto, account)
+                damaged = state.segment is not None and not self._loaded(
+                    live, state.segment, upto, account, cancel, progress
+                )
                 if state.segment is not None and not damaged:
                     break
                 if require_reuse:
@@ -162,7 +174,7 @@ class Resumer:
                 to_replay.append((state, upto, damaged))
                 upto = state.state_start
             if base is None:
-                self._load_or_empty(live, state.base_segment, upto, account)
+                self._load_or_empty(live, state.base_segment, upto, account, cancel, progress)
             state = base
         for state, end, damaged in reversed(to_replay):
             # The damage may have been further down, and is mended now.
@@ -170,12 +182,33 @@ class Resumer:
                 continue
             self._replay(live, state, damaged, cancel, progress)
             account.replayed += state.state_end - state.state_start
-            live.truncate(end)
+            self._cut_back(live, end, account)
 
-    def _loaded(self, live: LiveState, segment: int, upto: int, account: Account) -> bool:
+    def _cut_back(self, live: LiveState, end: int, account: Account) -> None:
+        """Let ``live``, which has just been run and stored, end earlier: what is overwritten is brought back."""
+        if live.length == end:
+            return
+        handle = live.chain[-1].handle
+        live.truncate(end)
+        if live.ready:
+            return
+        self._flush(live, account)
+        if handle.segment is None:
+            raise EngineError("state could not be stored, and cannot be brought back without", hint="free some disk")
+        self._load(live, handle.segment, end, account)
+
+    def _loaded(
+        self,
+        live: LiveState,
+        segment: int,
+        upto: int,
+        account: Account,
+        cancel: threading.Event | None = None,
+        progress: Progress | None = None,
+    ) -> bool:
         """Load a segment's chain; False, and a notice, if it is damaged."""
         try:
-            self._load(live, segment, upto, account)
+            self._load(live, segment, upto, account, cancel, progress)
         except StateDamaged as error:
             notice = f"{error}; computed again from the tokens"
             if notice not in account.notices:
@@ -205,13 +238,6 @@ class Resumer:
         owners = turns.states_with_segments(conn, [tip.base_segment]) if tip.base_segment is not None else []
         return owners[0] if owners else None
 
-    def _hidden_of(self, live: LiveState, tip: TurnState | None) -> None:
-        """Set the hidden state that the next token follows from; without one the last token is run again."""
-        if tip is not None and tip.state_end == live.length and tip.hidden and tip.hidden_dtype:
-            live.hidden = hidden_tensor(tip.hidden, tip.hidden_dtype, self.engine.device)
-        else:
-            live.truncate(live.length - 1)
-
     def _replay(
         self,
         live: LiveState,
@@ -230,110 +256,178 @@ class Resumer:
             ids = trie.tokens_to(conn, tip.position.node, tip.position.offset)
             recorded = segments.provenance_of(conn, tip.provenance)
         live.truncate(tip.state_start)
+        live.keep_frame()
         live.reserve(tip.state_end)
         self.engine.replay(live, ids[: tip.state_end], tip.schedule, recorded, cancel=cancel, progress=progress)
-        base = live.chain[-1].handle.segment if live.chain else None
-        draft = segments.Draft(
-            tip.position.node, live.captured, live.length, base, live.layers, tip.schedule, tip.provenance
-        )
-        codec = self.writer.codec_name
-        if (
-            damaged
-            and tip.segment is not None
-            and healing.heal(self.database, live.source, tip.segment, draft, codec_name=codec)
-        ):
-            live.chain.append(Link(Handle(tip.segment, tip.row), live.captured, live.length))
-        else:
+        if not (damaged and tip.segment is not None and self._heal(live, tip, tip.segment)):
             self.capture(live, tip.position, tip.schedule, tip.provenance, tip.row)
 
-    def _load_or_empty(self, live: LiveState, segment: int | None, upto: int, account: Account) -> None:
+    def _heal(self, live: LiveState, tip: TurnState, segment: int) -> bool:
+        """Mend a damaged segment with what has just been run again; False if that has other bits."""
+        live.keep_frame()
+        base = live.chain[-1].handle.segment if live.chain else None
+        start, end = live.captured, live.length
+        frames = {position: frame for position, frame in live.frames.items() if start <= position <= end}
+        new = tuple(sorted(position for position in frames if position not in live.stored))
+        draft = segments.Draft(tip.position.node, start, end, base, live.layers, tip.schedule, tip.provenance, new)
+        source = Captured(live.source, frames)
+        if not healing.heal(self.database, source, segment, draft, codec_name=self.writer.codec_name):
+            return False
+        live.take_captured()
+        live.chain.append(Link(Handle(segment, tip.row), start, end))
+        return True
+
+    def _load_or_empty(
+        self,
+        live: LiveState,
+        segment: int | None,
+        upto: int,
+        account: Account,
+        cancel: threading.Event | None,
+        progress: Progress | None,
+    ) -> None:
         if segment is None:
             if upto != 0:
                 raise EngineError("the state this turn stood on is gone")
             live.truncate(0)
-        elif not self._loaded(live, segment, upto, account):
+        elif not self._loaded(live, segment, upto, account, cancel, progress):
             raise EngineError(
                 "the state this turn stood on is damaged, and no turn is left that says how to compute it",
                 hint="fork at an earlier turn, or say the whole again with --no-reuse in a new session",
             )
 
-    def _load(self, live: LiveState, segment: int, upto: int, account: Account) -> None:
-        """Let ``live`` hold a segment's chain up to ``upto``, reading only what is not in memory already."""
+    def _load(
+        self,
+        live: LiveState,
+        segment: int,
+        upto: int,
+        account: Account,
+        cancel: threading.Event | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Let ``live`` hold a segment's chain up to ``upto``: read what is not in memory already, run what must be."""
         with self.database.read() as conn:
             links = restore.chain(conn, segment)
-            reads = restore.plan(links, upto)
-            kept = 0
-            for link, read in zip(live.chain, reads, strict=False):
-                if link.handle.segment != read.segment or link.start != read.start:
-                    break
-                kept = min(link.end, read.end)
-                if link.end != read.end:
-                    break
+            kept = _common(live, restore.reads_of(links, upto))
             live.truncate(kept)
+            # Only a copy of this very point: one further back may have been made by a pass cut there, and the recorded
+            # passes do not go on from it.
+            here = upto in live.frames or live.frame_at == upto
+            plan = restore.plan(links, upto, live.layers, in_memory=here, grid=KEYFRAME_SPACING)
             live.reserve(upto)
-            missing = [restore.Read(r.segment, max(r.start, kept), r.end) for r in reads if r.end > kept]
-            if missing:
-                self._read(live, conn, links, missing, account)
-            live.show(upto)
-            with_state = {s.segment: s.row for s in turns.states_with_segments(conn, [r.segment for r in reads])}
+            self._read(live, conn, links, plan, kept, account)
+            with_state = {s.segment: s.row for s in turns.states_with_segments(conn, [r.segment for r in plan.rows])}
+            ids = trie.tokens_before(conn, links[-1].node, links[-1].end) if plan.replay else []
+            threads = {step.provenance: segments.provenance_of(conn, step.provenance).threads for step in plan.replay}
         # The very handles in memory are kept: later segments may be waiting on them.
         same = {link.handle.segment: link.handle for link in live.chain}
         for handle in same.values():
             handle.state = handle.state if handle.state is not None else with_state.get(handle.segment or 0)
         live.chain = [
-            Link(same.get(r.segment) or Handle(r.segment, with_state.get(r.segment)), r.start, r.end) for r in reads
+            Link(same.get(r.segment) or Handle(r.segment, with_state.get(r.segment)), r.start, r.end) for r in plan.rows
         ]
+        if plan.replay:
+            steps = [(step.start, step.end, threads[step.provenance]) for step in plan.replay]
+            self.engine.bring_forward(live, ids, steps, cancel=cancel, progress=progress)
+            account.replayed += plan.replayed
+            live.keep_frame()
 
+    @staticmethod
     def _read(
-        self,
         live: LiveState,
         conn: sa.Connection,
         links: list[restore.Link],
-        missing: list[restore.Read],
+        plan: restore.Plan,
+        kept: int,
         account: Account,
     ) -> None:
+        """Read the rows and the keyframe of a plan, of which ``kept`` rows are in place."""
+        rows = [restore.Read(r.segment, max(r.start, kept), r.end) for r in plan.rows if r.end > kept]
+        windows = list(plan.rows if account.whole and plan.windows else plan.windows)
+        if live.window_base <= plan.base <= kept:  # the rows of windows are there as far as all others are
+            windows = [restore.Read(r.segment, max(r.start, kept), r.end) for r in windows if r.end > kept]
+        elif windows:
+            live.window_base = 0 if account.whole else plan.base
         if isinstance(live.source, RowBuffer):
-            account.bytes_read += restore.load(conn, links, missing, live.source)
+            account.bytes_read += restore.load(conn, links, rows, windows, live.source)
+        elif rows or windows:
+            staging = RowBuffer(live.layers, plan.position)
+            account.bytes_read += restore.load(conn, links, rows, windows, staging)
+            for kind, reads in ((LayerKind.ROWS, rows), (LayerKind.WINDOW, windows)):
+                if reads:
+                    live.take(staging, kind, reads[0].start, reads[-1].end)
+        live.show(plan.position)
+        if plan.keyframe is None:
             return
-        first, last = missing[0].start, missing[-1].end
-        staging = RowBuffer(live.layers, last)
-        account.bytes_read += restore.load(conn, links, missing, staging)
-        live.take(staging, first, last)
+        at = plan.keyframe.position
+        if plan.keyframe.segment is not None:
+            frame, size = restore.load_keyframe(conn, links, plan.keyframe)
+            account.bytes_read += size
+            live.put_frame(frame, at)
+            live.frames[at] = frame
+            live.stored.add(at)
+        elif live.frame_at != at:
+            live.put_frame(live.frames.get(at), at)
 
-    def _load_more(self, live: LiveState, ids: Sequence[int], tip: TurnState | None, account: Account) -> None:
+    def _load_more(
+        self,
+        live: LiveState,
+        ids: Sequence[int],
+        tip: TurnState | None,
+        account: Account,
+        logits: bool,
+        cancel: threading.Event | None,
+        progress: Progress | None,
+    ) -> None:
         """Load what is held beyond the tip: the same words said before, or another session's beginning."""
+        if tip is not None and len(ids) <= tip.end:
+            return None
         with self.database.read() as conn:
             match = trie.match(conn, self.root, ids)
         if tip is not None and match.known <= tip.end:
             return None
         # What is found must not depend on how far the writer has got.
         if not self._flush(live, account) and tip is not None:
-            return self._bring_back(live, tip, tip.state_end, account, False, None, None)
+            return self._bring_back(live, tip, tip.state_end, account, False, cancel, progress)
         on = live.chain[-1].handle.segment if tip is not None and live.chain else None
+        at_least = live.length if tip is not None else 0
         with self.database.read() as conn:
             found = held.longest(conn, match, at_most=len(ids), on=on, on_end=live.length if on else 0)
-            if found is None or found.end <= (live.length if tip is not None else 0):
-                if tip is None:
-                    live.truncate(0)
-                return None
-            hidden = held.hidden_at(conn, found) if found.end == len(ids) else None
+            hidden = held.hidden_at(conn, found) if found is not None and found.end == len(ids) else None
+        end = 0 if found is None else found.end
+        if logits and end == len(ids) and hidden is None:
+            end -= 1  # the last token is run, for what follows from it
+        if found is None or end <= at_least:
+            if tip is None:
+                live.truncate(0)
+            return None
         try:
-            self._load(live, found.segment, found.end, account)
+            self._load(live, found.segment, end, account, cancel, progress)
         except StateDamaged as error:
             # Nobody's turn depends on it here: it is computed anew, and mended when its own turn needs it.
             account.notices.append(str(error))
-            if tip is None:
-                live.truncate(0)
-            else:
-                live.truncate(tip.state_end)
-            return None
+            live.truncate(0)
+            return None if tip is None else self._bring_back(live, tip, tip.state_end, account, False, cancel, progress)
         if hidden is not None:
             live.hidden = hidden_tensor(*hidden, self.engine.device)
         return None
 
 
 def _holds(live: LiveState, state: TurnState, upto: int) -> bool:
-    return bool(live.chain) and live.chain[-1].handle.state == state.row and live.length == upto
+    here = bool(live.chain) and live.chain[-1].handle.state == state.row and live.length == upto
+    return here and live.ready
+
+
+def _common(live: LiveState, reads: Sequence[restore.Read]) -> int:
+    """How many leading rows in memory belong to the same segments as those of a plan."""
+    kept = 0
+    for link, read in zip(live.chain, reads, strict=False):
+        if link.handle.segment != read.segment or link.start != read.start:
+            break
+        kept = min(link.end, read.end)
+        if link.end != read.end:
+            break
+    return kept
 
 
 def hidden_tensor(data: bytes, dtype: str, device: torch.device) -> torch.Tensor:

@@ -12,8 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvloom.engine import Cancelled, Progress, grid_passes, schedule_of
+from kvloom.engine import Cancelled, Progress
 from kvloom.errors import SessionError
+from kvloom.layers import dtype_name
+from kvloom.passes import schedule_of
 from kvloom.report import Reply, Seconds, Tokens
 from kvloom.resume import Account, hidden_bytes
 from kvloom.sampling import SamplingSettings, fresh_seed
@@ -215,7 +217,7 @@ class Run:
                 live, self._ids[start:], cancel=self._options.cancel, progress=self._options.progress
             )
         finally:
-            passes += [p for p in grid_passes(start, len(self._ids)) if p[1] <= live.length]
+            passes += [p for p in self._engine.passes(start, len(self._ids)) if p[1] <= live.length]
             self._computed = live.length - start
 
     def _stream(self) -> TextStream:
@@ -279,7 +281,7 @@ class Run:
                 schedule=schedule,
                 provenance=provenance,
                 hidden=hidden_bytes(hidden) if hidden is not None else None,
-                hidden_dtype=self._engine.hidden_dtype if hidden is not None else None,
+                hidden_dtype=dtype_name(hidden.dtype) if hidden is not None else None,
                 variant=not self._options.reuse,
             )
             self._move_branch(conn, turn)

@@ -1,89 +1,109 @@
 """Which models kvloom runs: every other one is refused by name, before it runs.
 
-What counts is what a model's cache layers are, not what the model is called.
+What counts is what a model's cache layers are, and where it keeps state, not what the model is called.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from torch import nn
+from transformers import PreTrainedModel
 
-from kvloom.errors import UnsupportedModel
-from kvloom.live import TORCH_DTYPES, dtype_name
+from kvloom.errors import UnsupportedInput, UnsupportedModel
+from kvloom.layers import dtype_name, is_cache, row_tensors, states_of
+from kvloom.live import TORCH_DTYPES
+from kvloom_proto.records import STORED_BY_ROW, LayerKind
 
-LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
-"""Rope types whose frequencies change with the length: running one branch would change another one's logits."""
+CACHE_ARGUMENTS = ("past_key_values", "cache_params", "state")
+"""How models name the argument that takes their cache."""
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Refuse a model whose state could not be captured exactly.
+    """Refuse a model that cannot be one kvloom runs, before it has run at all.
 
     Raises:
-        UnsupportedModel: with the layer or setting that is the reason.
+        UnsupportedModel: with the reason.
     """
     name = type(model).__name__
-    config = model.config.get_text_config(decoder=True)
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModel(name, "it has an encoder, whose outputs are not tokens")
     if not model.can_generate():
         raise UnsupportedModel(name, "it is not a language model that generates text")
-    for rope_type in rope_types(config):
-        if rope_type in LENGTH_DEPENDENT_ROPE:
-            raise UnsupportedModel(
-                name, f"its rope type {rope_type!r} depends on the length and is kept outside the cache"
-            )
-    if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():
-        raise UnsupportedModel(name, "it brings a cache of its own")
-    _check_layers(name, DynamicCache(config=model.config))
+    if cache_argument(model) is None:
+        raise UnsupportedModel(name, "its forward takes no cache")
 
 
-def _check_layers(name: str, cache: DynamicCache) -> None:
-    if not cache.layers:
-        raise UnsupportedModel(name, "transformers does not say what its cache layers are")
-    for index, layer in enumerate(cache.layers):
-        if type(layer) is not DynamicLayer:
-            raise UnsupportedModel(
-                name, f"cache layer {index} is a {type(layer).__name__}; this version stores full-attention layers"
-            )
+def cache_argument(model: PreTrainedModel) -> str | None:
+    """The name of the argument of a model's forward that takes its cache."""
+    return next((name for name in CACHE_ARGUMENTS if takes(model, name)), None)
 
 
-def check_probe(model: PreTrainedModel, cache: DynamicCache, tokens: int) -> None:
-    """After a first forward pass: each layer must hold one row per token, of a dtype that can be stored."""
+def check_kinds(model: PreTrainedModel, cache: Any) -> list[tuple[LayerKind, Any]]:
+    """The states of a cache, before it has seen a token or after: all must be of a kind that can be stored.
+
+    Raises:
+        UnsupportedModel: with the layer that is the reason.
+    """
     name = type(model).__name__
-    for index, layer in enumerate(cache.layers):
-        if not layer.is_initialized or layer.keys.shape[-2] != tokens or layer.values.shape[-2] != tokens:
-            raise UnsupportedModel(name, f"cache layer {index} does not hold one row per token")
-        if dtype_name(layer.keys.dtype) not in TORCH_DTYPES or layer.keys.dtype != layer.values.dtype:
-            raise UnsupportedModel(name, f"cache layer {index} holds {layer.keys.dtype} and {layer.values.dtype}")
+    if hasattr(cache, "layers") and not is_cache(cache):
+        raise UnsupportedModel(name, f"it brings a cache of its own, {type(cache).__name__}")
+    try:
+        return list(states_of(cache))
+    except UnsupportedInput as error:
+        raise UnsupportedModel(name, str(error)) from error
 
 
-def rope_types(config: Any) -> set[str]:
-    """Every rope type a config names; models with several kinds of layer may name several."""
-    found: set[str] = set()
+def check_cache(model: PreTrainedModel, cache: Any, tokens: int) -> None:
+    """After a first forward pass: every state must hold what its kind says.
 
-    def look(value: Any) -> None:
-        if isinstance(value, dict):
-            kind = value.get("rope_type", value.get("type"))
-            if isinstance(kind, str):
-                found.add(kind)
-            for inner in value.values():
-                look(inner)
+    Raises:
+        UnsupportedModel: with the layer that is the reason.
+    """
+    name = type(model).__name__
+    found = check_kinds(model, cache)
+    for index, (kind, holder) in enumerate(found):
+        tensors: Mapping[str, torch.Tensor] = {}
+        if kind == LayerKind.KEYFRAME:
+            tensors = holder.tensors()
+        elif kind in STORED_BY_ROW:
+            if holder.get_seq_length() != tokens:
+                raise UnsupportedModel(name, f"layer state {index} does not hold one row per token")
+            tensors = row_tensors(holder)
+        for tensor_name, tensor in tensors.items():
+            if dtype_name(tensor.dtype) not in TORCH_DTYPES or tensor.shape[0] != 1 or not tensor.numel():
+                shape = tuple(tensor.shape)
+                raise UnsupportedModel(name, f"layer state {index} holds {tensor_name} {tensor.dtype} {shape}")
+    if not any(kind != LayerKind.EMPTY for kind, _ in found):
+        raise UnsupportedModel(name, "its cache holds nothing")
 
-    look(getattr(config, "rope_parameters", None))
-    look(getattr(config, "rope_scaling", None))
-    return found
+
+def tensors_in_modules(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Tensors that modules hold besides their parameters and buffers, by name.
+
+    Compared before and after a pass they show a model that keeps state in its modules, where no cache has it.
+    Frequencies of rotary embeddings are not state: ``rope`` puts them back.
+    """
+    return {
+        f"{module_name}.{name}": value
+        for module_name, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, torch.Tensor) and not name.endswith("inv_freq")
+    }
 
 
 def context_limit(config: Any) -> int:
     """Tokens the model was made for; kvloom never runs past it."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    # Dynamic scaling is what takes a model beyond its own length; the other types count it in already.
+    factor = float(rope.get("factor") or 1) if rope.get("rope_type") == "dynamic" else 1.0
     for name in ("max_position_embeddings", "n_positions", "n_ctx"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
-            return value
+            return int(value * factor)
     return 1 << 24
 
 

@@ -39,12 +39,16 @@ DEFAULT_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"""
 """For models without a template of their own: the system text and a blank line, then ``User: ...`` and
-``Assistant: ...`` lines. Nothing in it ends a reply, so the caller stops at ``"\\nUser:"``."""
+``Assistant: ...`` lines. Nothing in it ends a reply, so it ends at `DEFAULT_STOP`."""
+
+DEFAULT_STOP = ("\nUser:",)
+"""Where a reply under `DEFAULT_TEMPLATE` ends, unless the caller says otherwise: the user would speak next."""
 
 # Keys of an assistant message that templates render and that are not its content.
 _BESIDES_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-# Options that hold other people's text, which is treated like messages.
-_FOREIGN = ("tools", "documents")
+# Options that hold other people's text, which is treated like messages; Llama 3 and Granite have names of their own
+# for tools.
+_FOREIGN = ("tools", "custom_tools", "available_tools", "documents")
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +211,8 @@ def extend(
     except SessionError:  # a path that begins with a reply: there is nothing a template would render
         seen = ""
     if replied and seen and full.startswith(seen):
-        rest = _after_reply(tokenizer, full[len(seen) :], history[-1], parent[-1], eos_ids)
+        said = parent[reply_start:] if reply_start is not None else ()
+        rest = _after_reply(tokenizer, full[len(seen) :], history[-1], said, parent[-1], eos_ids)
         if rest is not None:
             return Prompt((*parent, *_encode(tokenizer, rest, marker, parent[-1])), len(parent), False)
 
@@ -217,11 +222,13 @@ def extend(
     return Prompt(ids, kept, kept < len(parent))
 
 
-def _after_reply(tokenizer: Any, tail: str, reply: Message, last: int, eos_ids: frozenset[int]) -> str | None:
+def _after_reply(
+    tokenizer: Any, tail: str, reply: Message, said: Sequence[int], last: int, eos_ids: frozenset[int]
+) -> str | None:
     """``tail`` less the reply it begins with and the end-of-turn text, where the model has seen that.
 
     None where ``tail`` does not begin with the reply as it was said: the template has changed it.
-    ``last`` is the last token id of the reply.
+    ``said`` are the token ids of the reply (empty if unknown), ``last`` is the last of the path.
     """
     content = reply.get("content", "")
     if not isinstance(content, str) or any(reply.get(key) for key in _BESIDES_CONTENT):
@@ -237,7 +244,14 @@ def _after_reply(tokenizer: Any, tail: str, reply: Message, last: int, eos_ids: 
     for text in (rest, rest.lstrip()):  # Llama 2 puts a space before it
         if end and text.startswith(end):
             return text[len(end) :]
-    return rest
+    # A reply that met a stop string: the model has written the string, which its text ends before.
+    spoken = tokenizer.decode(list(said), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    stop = spoken[len(content) :] if spoken.startswith(content) else ""
+    if stop and rest.startswith(stop):
+        return rest[len(stop) :]
+    # A reply that is empty, or as short as the "\n" that GLM 4.5 puts before an empty <think>, begins texts that the
+    # template has changed too: then its end comes later, or nothing shows where it is.
+    return rest if form and not (end and end in rest) else None
 
 
 def _aligned(
@@ -336,16 +350,22 @@ def _index(ids: tuple[tuple[str, int], ...]) -> _Added:
 def _break(value: Any, added: _Added, marker: str) -> Any:
     """``value`` with a marker after the first character of every added token's text in its strings.
 
-    Keys stay as they are, and so does a role that is a plain word, since templates compare it.
+    A key that is a plain word stays as it is, and so does such a role, since templates look for them. Other keys
+    are text as well: tools name their parameters, and templates write those names.
     """
     if isinstance(value, str):
         cuts = [at + 1 for at in added.forged(value)]
         return marker.join(value[a:b] for a, b in zip([0, *cuts], [*cuts, len(value)], strict=True))
     if isinstance(value, Mapping):
-        return {k: v if k == "role" and str(v).isidentifier() else _break(v, added, marker) for k, v in value.items()}
+        pairs = ((key if _is_word(key) else _break(key, added, marker), item) for key, item in value.items())
+        return {k: v if k == "role" and _is_word(v) else _break(v, added, marker) for k, v in pairs}
     if isinstance(value, list | tuple):
         return [_break(item, added, marker) for item in value]
     return value
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and value.isidentifier()
 
 
 # --- text to token ids ---

@@ -13,11 +13,11 @@ from kvloom_store import checksum, codec, segments, trie
 from kvloom_store.checksum import checked, digest, update
 from kvloom_store.database import Database, now_us
 from kvloom_store.errors import CorruptRow
-from kvloom_store.rows import RowSource
+from kvloom_store.rows import Captured
 from kvloom_store.schema import chunk, segment
 
 
-def heal(database: Database, source: RowSource, segment_id: int, draft: segments.Draft, *, codec_name: str) -> bool:
+def heal(database: Database, source: Captured, segment_id: int, draft: segments.Draft, *, codec_name: str) -> bool:
     """Put recomputed rows in place of damaged chunks, if they are the very bits that were stored.
 
     ``draft`` is what was recomputed. If the segment's own row is damaged, it is written anew, under its old number:
@@ -39,6 +39,9 @@ def heal(database: Database, source: RowSource, segment_id: int, draft: segments
             update(conn, segment, values, complete=0)
             return False
         layers = expand(manifest.layers)
+        if set(manifest.keyframes) - set(source.frames):  # kept at another spacing
+            update(conn, segment, values, complete=0)
+            return False
         for spec in manifest.chunks:
             raw = segments.gather(source, layers, spec)
             if digest(raw) != spec.raw_digest:
@@ -56,7 +59,7 @@ def heal(database: Database, source: RowSource, segment_id: int, draft: segments
 
 
 def _rewrite(
-    conn: sa.Connection, source: RowSource, segment_id: int, draft: segments.Draft, content: bytes, codec_name: str
+    conn: sa.Connection, source: Captured, segment_id: int, draft: segments.Draft, content: bytes, codec_name: str
 ) -> None:
     """Put a segment's row and chunks down again; whatever was there of them goes."""
     layers = expand(draft.layers)

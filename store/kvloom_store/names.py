@@ -1,7 +1,8 @@
 """Names and refs: how a user points at a session, a branch, a turn.
 
 A ref is ``session``, ``session@branch``, ``session@tag``, ``session@branch~2`` (two turns back) or
-``session@<turn id>`` (any unique prefix of at least four hex digits).
+``session@<turn id>`` (any unique prefix of at least four hex digits). Behind each of these ``:1234`` may stand: the
+point on the path to there where 1234 tokens are kept, counted from the conversation's first one.
 """
 
 from __future__ import annotations
@@ -25,15 +26,20 @@ _REF = re.compile(r"(?P<session>[^@~:]+)(?:@(?P<point>[^@~:]+))?(?:~(?P<back>\d{
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """A ref taken apart: ``point`` is a branch, tag or turn id (None: the branch main), then ``back`` turns up."""
+    """A ref taken apart: ``point`` is a branch, tag or turn id (None: the branch main), then ``back`` turns up.
+
+    ``token``, if the ref names one, is how many tokens of that path are kept.
+    """
 
     session: str
     point: str | None
     back: int
+    token: int | None = None
 
     def __str__(self) -> str:
         point = f"@{self.point}" if self.point else ""
-        return f"{self.session}{point}{f'~{self.back}' if self.back else ''}"
+        token = "" if self.token is None else f":{self.token}"
+        return f"{self.session}{point}{f'~{self.back}' if self.back else ''}{token}"
 
 
 def check_name(what: str, name: str) -> str:
@@ -55,15 +61,12 @@ def parse_ref(text: str) -> Ref:
     found = _REF.fullmatch(text)
     if found is None:
         raise InvalidName(
-            f"{text!r} is not a ref", hint="write SESSION, SESSION@BRANCH, SESSION@BRANCH~2 or SESSION@TURN"
-        )
-    if found["token"] is not None:
-        raise InvalidName(
-            f"{text!r} names a token; this version forks at turns",
-            hint="write SESSION@BRANCH~N or SESSION@TURN (kvloom log shows the turns)",
+            f"{text!r} is not a ref",
+            hint="write SESSION, SESSION@BRANCH, SESSION@BRANCH~2, SESSION@TURN or one of these with :TOKEN behind it",
         )
     check_name("session", found["session"])
-    return Ref(found["session"], found["point"], int(found["back"] or 0))
+    token = None if found["token"] is None else int(found["token"])
+    return Ref(found["session"], found["point"], int(found["back"] or 0), token)
 
 
 def nearest(name: str, names: Iterable[str]) -> list[str]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgpack
 import sqlalchemy as sa
 
-from kvloom_store import turns
+from kvloom_store import spans, turns
 from kvloom_store.checksum import checked, insert, unpacked, update
 from kvloom_store.database import allocate, now_us
 from kvloom_store.errors import InvalidName, RefConflict, RefExists, RefNotFound
@@ -45,11 +45,15 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What a ref points at: a turn (None at the very beginning) and, if it names one, the branch that moves on."""
+    """What a ref points at: a turn (None at the very beginning) and, if it names one, the branch that moves on.
+
+    ``token``: the point is inside the turn, where so many tokens of the path are kept.
+    """
 
     session: SessionRow
     turn: int | None
     branch: Branch | None
+    token: int | None = None
 
 
 def create_session(conn: sa.Connection, name: str, settings: Mapping[str, Any]) -> SessionRow:
@@ -185,9 +189,13 @@ def remove_branch(conn: sa.Connection, row: int) -> None:
 def resolve(conn: sa.Connection, ref: Ref) -> Point:
     """What a ref points at: a branch before a tag before a turn id.
 
+    A token names a point that stays, so it never comes with a branch.
+
     Raises:
-        RefNotFound: with the nearest names.
+        RefNotFound: with the nearest names, or how many tokens there are.
     """
+    if ref.token is not None:
+        return _at_token(conn, ref, ref.token)
     owner = get_session(conn, ref.session)
     name = ref.point or MAIN
     found = _named(conn, branch, owner.row, name)
@@ -211,6 +219,21 @@ def _back(conn: sa.Connection, ref: Ref, at: int | None) -> int | None:
         error.hint = f"there are {len(path)} turns down to {ref.session}@{ref.point or MAIN}; kvloom log shows them"
         raise error
     return path[-1 - ref.back] if ref.back < len(path) else None
+
+
+def _at_token(conn: sa.Connection, ref: Ref, token: int) -> Point:
+    whole = resolve(conn, replace(ref, token=None))
+    found = spans.of_path(conn, turns.path_to(conn, whole.turn))
+    total = found[-1].end if found else 0
+    if token > total:
+        error = RefNotFound("token", str(ref))
+        path = replace(ref, token=None)
+        error.hint = f"the path to {path} has {total} tokens; kvloom show {path} --tokens shows the last"
+        raise error
+    if token == 0:
+        return Point(whole.session, None, None)
+    at = spans.containing(found, token)
+    return Point(whole.session, at.turn.row, None, None if token == at.state.end else token)
 
 
 def _by_id(conn: sa.Connection, session_row: int, prefix: str) -> int | None:

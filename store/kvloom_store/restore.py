@@ -1,27 +1,44 @@
-"""How state comes back: which rows are read, in what order, into which memory.
+"""How state comes back: which rows are read, in what order, into which memory, and what is run again.
 
 State at position T of a segment is the segment's own rows up to T, its base's rows up to where it starts, and so on
-down to the snapshot. ``chain`` finds these segments in one query, ``plan`` says which of their rows are needed (a pure
-function), ``load`` reads the chunks in the order they lie in the file (segment, layer, position), checks each one and
-copies its rows straight to their place.
+down to the snapshot. ``chain`` finds these segments in one query, ``plan`` says what of them is needed (a pure
+function), ``load`` reads the chunks in the order they lie in the file (segment, kind, layer, position), checks each one
+and copies its rows straight to their place.
+
+Of windows only the rows are read that a pass can still see. State that is overwritten in place comes from the nearest
+keyframe at or before T; from there to T the recorded passes are run again, the last one cut at T.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 import sqlalchemy as sa
 
 from kvloom_proto.errors import ChecksumMismatch, FormatError
-from kvloom_proto.records import ITEM_BYTES, ChunkSpec, LayerSpec, Manifest, expand, read_manifest
+from kvloom_proto.limits import CHUNK_TOKENS, WINDOW_CHUNK_TOKENS
+from kvloom_proto.records import (
+    ITEM_BYTES,
+    ChunkSpec,
+    LayerKind,
+    LayerSpec,
+    Manifest,
+    Schedule,
+    covered,
+    expand,
+    read_manifest,
+    read_schedule,
+)
 from kvloom_store import codec
 from kvloom_store.checksum import checked, digest, row_checksum
 from kvloom_store.errors import CorruptRow, StoreError
-from kvloom_store.rows import RowSource, element_type, shape_with
+from kvloom_store.rows import Frame, Rows, RowSource, element_type, shape_with
 from kvloom_store.schema import chunk, segment
 
 QUERY_SEGMENTS = 500
@@ -37,15 +54,34 @@ class StateDamaged(StoreError):
         self.intact = intact
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Link:
     """One segment of a chain."""
 
     id: int
+    node: int
     start: int
     end: int
     base_segment: int | None
-    manifest: bytes
+    provenance: int
+    packed_manifest: bytes
+    packed_schedule: bytes
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """What the segment holds. Raises StateDamaged."""
+        try:
+            return read_manifest(self.packed_manifest)
+        except FormatError as error:
+            raise StateDamaged(f"manifest of segment {self.id}: {error}", self.start) from error
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The passes that made it. Raises StateDamaged."""
+        try:
+            return read_schedule(self.packed_schedule)
+        except FormatError as error:
+            raise StateDamaged(f"schedule of segment {self.id}: {error}", self.start) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +91,50 @@ class Read:
     segment: int
     start: int
     end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Keyframe:
+    """State that is overwritten in place, as it was after ``position`` tokens: of a segment, or (None) in memory, or
+    (position 0) what a model begins with."""
+
+    segment: int | None
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A pass over positions [start, end), run again as it is recorded under ``provenance``."""
+
+    start: int
+    end: int
+    provenance: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How the state at ``position`` is brought back: rows to read, a keyframe to begin from, passes to run again.
+
+    ``rows`` are those of layers that see all tokens, from the first one on. ``windows`` are those of layers that see
+    the last ``window`` tokens, from ``base`` less the window on: ``base`` is where the first pass begins.
+    ``keyframe`` is None for a model that overwrites nothing.
+    """
+
+    position: int
+    rows: tuple[Read, ...]
+    windows: tuple[Read, ...]
+    keyframe: Keyframe | None
+    replay: tuple[Step, ...]
+
+    @property
+    def base(self) -> int:
+        """Where the next pass over this state begins: at the keyframe, if there is something to replay."""
+        return self.replay[0].start if self.replay else self.position
+
+    @property
+    def replayed(self) -> int:
+        """Tokens that are run again."""
+        return self.position - self.base
 
 
 class RowSink(RowSource, Protocol):
@@ -82,15 +162,26 @@ def chain(conn: sa.Connection, segment_id: int) -> list[Link]:
         values = rows.pop(at, {})
         if not values or not values["complete"] or (links and values["end"] < links[-1].start):
             raise StateDamaged(f"segment {at} of the chain is missing or incomplete", 0)
-        links.append(Link(at, values["start"], values["end"], values["base_segment"], values["manifest"]))
         at = values["base_segment"]
+        links.append(
+            Link(
+                values["id"],
+                values["node"],
+                values["start"],
+                values["end"],
+                at,
+                values["provenance"],
+                values["manifest"],
+                values["schedule"],
+            )
+        )
     if links[-1].start != 0:
         raise StateDamaged("the chain does not reach back to the first token", 0)
     return links[::-1]
 
 
-def plan(links: list[Link], position: int) -> list[Read]:
-    """Which rows of which segment make up the state at ``position``, from the first token on.
+def reads_of(links: Sequence[Link], position: int) -> list[Read]:
+    """Which rows of which segment make up the rows [0, position).
 
     Each segment gives its rows up to where the next one starts: a delta may begin inside its base.
     """
@@ -105,59 +196,171 @@ def plan(links: list[Link], position: int) -> list[Read]:
     return reads[::-1]
 
 
-def load(conn: sa.Connection, links: list[Link], reads: list[Read], sink: RowSink) -> int:
-    """Read the rows of a plan into ``sink``, every chunk checked; the bytes read.
+def plan(
+    links: Sequence[Link], position: int, layers: tuple[LayerSpec, ...], *, in_memory: bool = False, grid: int = 0
+) -> Plan:
+    """What to read and what to run again, so that the state at ``position`` of a chain is there.
+
+    ``in_memory``: the keyframe of this very position need not be read. ``grid`` cuts passes that nobody recorded.
+
+    Raises:
+        StateDamaged: the chain does not hold all rows up to ``position``.
+    """
+    reads = reads_of(links, position)
+    keyframe = None
+    steps: tuple[Step, ...] = ()
+    if any(spec.kind == LayerKind.KEYFRAME for spec in layers):
+        keyframe = Keyframe(None, position) if in_memory else _nearest(links, reads, position)
+        steps = tuple(_steps(links, reads, keyframe.position, grid or CHUNK_TOKENS))
+    window = max((spec.window for spec in layers if spec.kind == LayerKind.WINDOW), default=0)
+    first = max(0, (steps[0].start if steps else position) - window + 1)
+    windows = tuple(Read(r.segment, max(r.start, first), r.end) for r in reads if r.end > first) if window else ()
+    return Plan(position, tuple(reads), windows, keyframe, steps)
+
+
+def _nearest(links: Sequence[Link], reads: Sequence[Read], position: int) -> Keyframe:
+    """The last stored keyframe at or before a position."""
+    upto = {read.segment: read.end for read in reads}
+    for link in reversed(links):
+        # A delta may stand on a point of its base behind which the base goes on: that part is another path's. The
+        # keyframe where a delta begins is the delta's own.
+        last = upto.get(link.id, link.start if link.start == position else -1)
+        found = [p for p in link.manifest.keyframes if p <= last] if last >= 0 else []
+        if found:
+            return Keyframe(link.id, found[-1])
+    return Keyframe(None, 0)
+
+
+def _steps(links: Sequence[Link], reads: Sequence[Read], first: int, grid: int) -> Iterator[Step]:
+    """The recorded passes over [first, end of the last read), each cut where the next segment takes over."""
+    by_id = {link.id: link for link in links}
+    for read in reads:
+        start = max(first, read.start)
+        if start >= read.end:
+            continue
+        link = by_id[read.segment]
+        passes = list(link.schedule.each())
+        if link.schedule.unknown or not passes or passes[0][0] > start or passes[-1][1] < read.end:
+            cuts = [start, *range(start - start % grid + grid, read.end, grid), read.end]
+            passes = list(itertools.pairwise(cuts))
+        for begin, end in passes:
+            if end > start and begin < read.end:
+                yield Step(max(begin, start), min(end, read.end), link.provenance)
+
+
+def load(
+    conn: sa.Connection, links: Sequence[Link], rows: Sequence[Read], windows: Sequence[Read], sink: RowSink
+) -> int:
+    """Read rows of a chain into ``sink``, every chunk checked; the bytes read.
 
     Raises:
         StateDamaged: a chunk is missing or not what was written.
     """
-    manifests = {}
-    for link in links:
-        if any(read.segment == link.id for read in reads):
-            try:
-                manifests[link.id] = read_manifest(link.manifest)
-            except FormatError as error:
-                raise StateDamaged(f"manifest of segment {link.id}: {error}", link.start) from error
-    wanted = {
-        (read.segment, spec.layer, spec.position): (read, manifests[read.segment], spec)
-        for read in reads
-        for spec in manifests[read.segment].chunks
-        if spec.position < read.end and spec.position + spec.tokens > read.start
-    }
+    by_id = {link.id: link for link in links}
     total = 0
-    for values in _chunk_rows(conn, reads):
+    for kind, reads in ((LayerKind.ROWS, rows), (LayerKind.WINDOW, windows)):
+        wanted = {
+            (read.segment, spec.layer, spec.position): (read, by_id[read.segment].manifest, spec)
+            for read in reads
+            for spec in by_id[read.segment].manifest.chunks
+            if spec.kind == kind and read.start < spec.position + spec.tokens and spec.position < read.end
+        }
+        if wanted:
+            total += _load_wanted(conn, kind, reads, wanted, sink)
+    return total
+
+
+def _load_wanted(
+    conn: sa.Connection,
+    kind: LayerKind,
+    reads: Sequence[Read],
+    wanted: dict[tuple[int, int, int], tuple[Read, Manifest, ChunkSpec]],
+    sink: RowSink,
+) -> int:
+    total, intact = 0, min(read.start for read in reads)
+    for values in _blobs(conn, kind, reads):
         found = wanted.pop((values["segment"], values["layer"], values["position"]), None)
         if found is None:
             continue
         read, manifest, spec = found
         try:
-            _place(values, read, manifest, spec, sink)
+            layers = expand(manifest.layers)
+            raw = _checked_raw(values, layers, read.segment, spec)
+            _scatter(
+                raw, layers, spec, max(spec.position, read.start), min(spec.position + spec.tokens, read.end), sink
+            )
         except FormatError as error:
-            raise StateDamaged(str(error), read.start) from error
-        total += len(values["blob"])
+            raise StateDamaged(str(error), intact) from error
+        total += spec.stored_length
     if wanted:
-        missing, (read, _, _) = next(iter(wanted.items()))
-        raise StateDamaged(f"chunk {missing} is missing", read.start)
+        raise StateDamaged(f"{len(wanted)} chunks are missing", intact)
     return total
 
 
-def _chunk_rows(conn: sa.Connection, reads: list[Read]) -> Iterator[dict[str, Any]]:
+def load_keyframe(conn: sa.Connection, links: Sequence[Link], keyframe: Keyframe) -> tuple[Frame, int]:
+    """Read a stored keyframe, every chunk checked: its tensors by layer, and the bytes read.
+
+    Raises:
+        StateDamaged: a chunk is missing or not what was written.
+    """
+    link = next(link for link in links if link.id == keyframe.segment)
+    layers = expand(link.manifest.layers)
+    specs = {
+        spec.layer: spec
+        for spec in link.manifest.chunks
+        if spec.kind == LayerKind.KEYFRAME and spec.position == keyframe.position
+    }
+    query = sa.select(chunk).where(
+        chunk.c.segment == link.id,
+        chunk.c.kind == int(LayerKind.KEYFRAME),
+        chunk.c.position == keyframe.position,
+    )
+    frame: dict[int, list[Rows]] = {}
+    total = 0
+    for row in conn.execute(query.order_by(chunk.c.layer)):
+        values = dict(row._mapping)
+        spec = specs.pop(values["layer"], None)
+        if spec is None:
+            continue
+        try:
+            raw = _checked_raw(values, layers, link.id, spec)
+        except FormatError as error:
+            raise StateDamaged(str(error), link.start) from error
+        total += spec.stored_length
+        at = 0
+        for number in covered(layers, spec):
+            frame[number] = []
+            for tensor in layers[number].tensors:
+                array = np.frombuffer(raw, element_type(tensor.dtype), math.prod(tensor.shape), at)
+                frame[number].append(array.reshape(tensor.shape))
+                at += tensor.row_bytes
+    if specs:
+        raise StateDamaged(f"{len(specs)} chunks of the keyframe at {keyframe.position} are missing", link.start)
+    return frame, total
+
+
+def _blobs(conn: sa.Connection, kind: LayerKind, reads: Sequence[Read]) -> Iterator[dict[str, Any]]:
     """The chunks of a plan, one at a time, in the order of the primary key, which is that of the file."""
     order = (chunk.c.segment, chunk.c.kind, chunk.c.layer, chunk.c.position)
-    # Segments read to their end need no bound; the others get one of their own, so that nothing is read in vain.
+    width = WINDOW_CHUNK_TOKENS if kind == LayerKind.WINDOW else CHUNK_TOKENS
+    # The bounds are those of the whole plan: a chunk between them that is not wanted costs one blob, not an answer.
     for first in range(0, len(reads), QUERY_SEGMENTS):
         some = reads[first : first + QUERY_SEGMENTS]
-        last = max(read.end for read in some)
-        query = sa.select(chunk).where(chunk.c.segment.in_([read.segment for read in some]), chunk.c.position < last)
+        query = sa.select(chunk).where(
+            chunk.c.segment.in_([read.segment for read in some]),
+            chunk.c.kind == int(kind),
+            chunk.c.position > min(read.start for read in some) - width,
+            chunk.c.position < max(read.end for read in some),
+        )
         for row in conn.execute(query.order_by(*order)):  # fetched one by one: only one blob is in memory
             yield dict(row._mapping)
 
 
-def _place(values: dict[str, Any], read: Read, manifest: Manifest, spec: ChunkSpec, sink: RowSink) -> None:
-    """Check one chunk and copy the rows that are wanted of it into the sink."""
+def _checked_raw(values: dict[str, Any], layers: list[LayerSpec], segment_id: int, spec: ChunkSpec) -> codec.Buffer:
+    """The raw bytes of a chunk's row, if it is what was written. Raises FormatError, ChecksumMismatch among them."""
     stored = values["blob"]
     found = digest(stored) if isinstance(stored, bytes) else b""
-    what = f"chunk {spec.layer} at {spec.position} of segment {read.segment}"
+    what = f"chunk {spec.layer} at {spec.position} of segment {segment_id}"
     if found != spec.stored_digest:
         raise ChecksumMismatch(what, spec.stored_digest, found)
     row = {**values, "blob": found}
@@ -165,26 +368,27 @@ def _place(values: dict[str, Any], read: Read, manifest: Manifest, spec: ChunkSp
     actual = row_checksum(chunk, row)
     if checksum != actual:
         raise ChecksumMismatch(what, checksum, actual)
-    layers = expand(manifest.layers)[spec.layer : spec.layer + spec.layers]
-    items = {ITEM_BYTES[tensor.dtype] for layer in layers for tensor in layer.tensors}
+    items = {ITEM_BYTES[tensor.dtype] for number in covered(layers, spec) for tensor in layers[number].tensors}
     raw = codec.decode(stored, items.pop() if len(items) == 1 else 1, spec.raw_length, spec.codec)
     if spec.codec != codec.RAW and digest(raw) != spec.raw_digest:
         raise ChecksumMismatch(what, spec.raw_digest, digest(raw))
-    _scatter(raw, layers, spec, min(spec.position + spec.tokens, read.end), sink)
+    return raw
 
 
-def _scatter(raw: codec.Buffer, layers: list[LayerSpec], spec: ChunkSpec, end: int, sink: RowSink) -> None:
-    at, take = 0, end - spec.position
-    block = sink.block(spec.layer, spec.layers, spec.position, end)
+def _scatter(raw: codec.Buffer, layers: list[LayerSpec], spec: ChunkSpec, start: int, end: int, sink: RowSink) -> None:
+    """Copy rows [start, end) of a chunk to their place."""
+    numbers = covered(layers, spec)
+    take = slice(start - spec.position, end - spec.position)
+    block = sink.block(numbers, start, end)
     if block is not None:  # one copy, and one hold of the interpreter's lock, for all layers of the chunk
-        tensor = layers[0].tensors[0]
+        tensor = layers[numbers[0]].tensors[0]
         whole = np.frombuffer(raw, block.dtype).reshape(*block.shape[:2], *shape_with(tensor, spec.tokens))
-        block[...] = whole[(slice(None),) * (2 + tensor.token_axis) + (slice(0, take),)]
+        block[...] = whole[(slice(None),) * (2 + tensor.token_axis) + (take,)]
         return
-    for number, layer in enumerate(layers):
-        for index, tensor in enumerate(layer.tensors):
+    at = 0
+    for number in numbers:
+        for index, tensor in enumerate(layers[number].tensors):
             shape = shape_with(tensor, spec.tokens)
             rows = np.frombuffer(raw, element_type(tensor.dtype), math.prod(shape), at).reshape(shape)
             at += tensor.row_bytes * spec.tokens
-            place = sink.rows(spec.layer + number, index, spec.position, end)
-            place[...] = rows[(slice(None),) * tensor.token_axis + (slice(0, take),)]
+            sink.rows(number, index, start, end)[...] = rows[(slice(None),) * tensor.token_axis + (take,)]

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 import mmap
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from kvloom_proto.records import ITEM_BYTES, LayerKind, LayerSpec, TensorSpec
+from kvloom_proto.records import ITEM_BYTES, STORED_BY_ROW, LayerSpec, TensorSpec, expand
 
 HUGE_PAGE_BYTES = 2 << 20
 HUGE_FROM_BYTES = 64 << 20
@@ -26,6 +28,9 @@ ALIGNED_TOKENS = 64
 Rows = npt.NDArray[np.unsignedinteger]
 """Elements as unsigned integers of their size: numpy has no bfloat16, and only bits matter here."""
 
+Frame = Mapping[int, Sequence[Rows]]
+"""A keyframe: by layer, a copy of each tensor of the state that is overwritten in place."""
+
 
 class RowSource(Protocol):
     """Whatever rows can be read from: a RowBuffer, or a live cache on any device."""
@@ -34,9 +39,17 @@ class RowSource(Protocol):
         """Rows [start, end) of a layer's tensor: ``spec.shape`` with end - start inserted at its token axis."""
         ...
 
-    def block(self, layer: int, layers: int, start: int, end: int) -> Rows | None:
-        """The same rows of all tensors of a run of layers, ``[layers, tensors, ...]``, if they lie so in memory."""
+    def block(self, layers: Sequence[int], start: int, end: int) -> Rows | None:
+        """The same rows of all tensors of some layers, ``[layers, tensors, ...]``, if they lie so in memory."""
         ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Captured:
+    """What a segment is made from: the memory its rows are in, and keyframes by position."""
+
+    rows: RowSource = field(repr=False)
+    frames: Mapping[int, Frame] = field(repr=False)
 
 
 def element_type(dtype: str) -> np.dtype[np.unsignedinteger]:
@@ -50,60 +63,58 @@ def shape_with(spec: TensorSpec, tokens: int) -> tuple[int, ...]:
 
 
 class RowBuffer:
-    """Room for ``capacity`` rows of every layer of rows, in one block."""
+    """Room for ``capacity`` rows of every layer that has rows, in one block; layers that are alike lie together."""
 
     def __init__(self, layers: tuple[LayerSpec, ...], capacity: int) -> None:
         self.layers = layers
         # Every head of every tensor begins on a cache line: alignment can change how a kernel sums, and so the bits.
         self.capacity = capacity = -(-capacity // ALIGNED_TOKENS) * ALIGNED_TOKENS
-        runs = [spec for spec in layers if spec.kind == LayerKind.ROWS]
-        # Each run of layers begins on a cache line of its own.
-        sizes = {spec.index: -(-spec.row_bytes * spec.count * capacity // 64) * 64 for spec in runs}
-        memory = _allocate(sum(sizes.values()))
-        self.tensors: list[list[Rows]] = []
-        self._axes: list[list[int]] = []
-        self._runs: list[tuple[int, int, int, Rows]] = []  # first layer, layers, token axis, their memory as one array
+        self._specs = expand(layers)
+        alike: dict[tuple[TensorSpec, ...], list[int]] = {}
+        for number, spec in enumerate(self._specs):
+            if spec.kind in STORED_BY_ROW:
+                alike.setdefault(spec.tensors, []).append(number)
+        # Each group begins on a cache line of its own.
+        sizes = [-(-self._specs[group[0]].row_bytes * len(group) * capacity // 64) * 64 for group in alike.values()]
+        memory = _allocate(sum(sizes))
+        self.tensors: list[list[Rows]] = [[] for _ in self._specs]
+        self._groups: dict[int, tuple[int, Rows]] = {}  # layer: its place in its group, and the group's memory
         at = 0
-        for spec in layers:
-            kinds = {(tensor.dtype, tensor.shape, tensor.token_axis) for tensor in spec.tensors}
-            arrays: list[list[Rows]] = [[] for _ in range(spec.count)]
-            if spec.kind == LayerKind.ROWS and len(kinds) == 1:
-                tensor = spec.tensors[0]
-                shape = (spec.count, len(spec.tensors), *shape_with(tensor, capacity))
-                whole = np.frombuffer(memory, element_type(tensor.dtype), math.prod(shape), at).reshape(shape)
-                self._runs.append((spec.index, spec.count, tensor.token_axis, whole))
-                arrays = [list(layer) for layer in whole]
-            elif spec.kind == LayerKind.ROWS:
-                arrays = _apart(memory, at, spec, capacity)
-            at += sizes.get(spec.index, 0)
-            self.tensors += arrays
-            self._axes += [[tensor.token_axis for tensor in spec.tensors]] * spec.count
+        for group, size in zip(alike.values(), sizes, strict=True):
+            self._place(memory, at, group)
+            at += size
+
+    def _place(self, memory: mmap.mmap, at: int, group: list[int]) -> None:
+        tensors = self._specs[group[0]].tensors
+        if len({(tensor.dtype, tensor.shape, tensor.token_axis) for tensor in tensors}) == 1:
+            shape = (len(group), len(tensors), *shape_with(tensors[0], self.capacity))
+            whole = np.frombuffer(memory, element_type(tensors[0].dtype), math.prod(shape), at).reshape(shape)
+            for place, number in enumerate(group):
+                self.tensors[number] = list(whole[place])
+                self._groups[number] = (place, whole)
+            return
+        for number in group:  # tensors that differ in shape (MLA's latents, say) lie one after another
+            for tensor in tensors:
+                flat = np.frombuffer(memory, element_type(tensor.dtype), math.prod(tensor.shape) * self.capacity, at)
+                self.tensors[number].append(flat.reshape(shape_with(tensor, self.capacity)))
+                at += tensor.row_bytes * self.capacity
 
     def rows(self, layer: int, tensor: int, start: int, end: int) -> Rows:
         """A view of rows [start, end); writing to it writes into the buffer."""
-        axis = self._axes[layer][tensor]
+        axis = self._specs[layer].tensors[tensor].token_axis
         return self.tensors[layer][tensor][(slice(None),) * axis + (slice(start, end),)]
 
-    def block(self, layer: int, layers: int, start: int, end: int) -> Rows | None:
+    def block(self, layers: Sequence[int], start: int, end: int) -> Rows | None:
         """One view of the rows [start, end) of layers that are alike, so that they are copied in one go."""
-        for first, count, axis, whole in self._runs:
-            if first <= layer and layer + layers <= first + count:
-                some = whole[layer - first : layer - first + layers]
-                return some[(slice(None),) * (2 + axis) + (slice(start, end),)]
-        return None
-
-
-def _apart(memory: mmap.mmap, at: int, spec: LayerSpec, capacity: int) -> list[list[Rows]]:
-    """The tensors of layers whose tensors differ in shape (MLA's latents, say), one after another."""
-    arrays: list[list[Rows]] = []
-    for _ in range(spec.count):
-        arrays.append([])
-        for tensor in spec.tensors:
-            count = math.prod(tensor.shape) * capacity
-            flat = np.frombuffer(memory, element_type(tensor.dtype), count, at)
-            arrays[-1].append(flat.reshape(shape_with(tensor, capacity)))
-            at += tensor.row_bytes * capacity
-    return arrays
+        if not layers or layers[0] not in self._groups:
+            return None
+        place, whole = self._groups[layers[0]]
+        for offset, number in enumerate(layers):
+            there, other = self._groups.get(number, (-1, None))
+            if other is not whole or there != place + offset:
+                return None
+        axis = self._specs[layers[0]].tensors[0].token_axis
+        return whole[place : place + len(layers)][(slice(None),) * (2 + axis) + (slice(start, end),)]
 
 
 def _allocate(size: int) -> mmap.mmap:

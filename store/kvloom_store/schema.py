@@ -125,7 +125,7 @@ chunk = _table(
     _int("length"),
     _bytes("blob", nullable=True),
 )
-"""One stored blob of a segment: the rows of a run of layers within one chunk of tokens."""
+"""One stored blob of a segment: of a run of layers the rows within one chunk of tokens, or a keyframe."""
 
 session = _table("session", _id(), _text("name", unique=True), _bytes("settings"), _int("created"), _int("updated"))
 """One conversation tree; its settings (MessagePack) fix the chat template, its options and its clock."""

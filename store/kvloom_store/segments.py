@@ -1,4 +1,4 @@
-"""Writing state: a segment is the rows of positions [start, end), cut into chunks.
+"""Writing state: a segment is the rows of positions [start, end), and keyframes between them, cut into chunks.
 
 Order of writing: the segment's row marked incomplete, its chunks in transactions of a few megabytes (the lock is
 free between them), and last, in one transaction, the manifest, the mark that it is complete and the turn that
@@ -7,7 +7,7 @@ waits for it. A reader sees only complete segments; a crash in between leaves ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from kvloom_proto.records import (
     Manifest,
     Provenance,
     Schedule,
+    covered,
     expand,
     pack,
     read_provenance,
@@ -31,7 +32,7 @@ from kvloom_proto.records import (
 from kvloom_store import checksum, codec, trie
 from kvloom_store.checksum import checked, digest, insert, update
 from kvloom_store.database import Database, allocate, now_us
-from kvloom_store.rows import RowSource
+from kvloom_store.rows import Captured
 from kvloom_store.schema import chunk, provenance, segment
 
 TRANSACTION_BYTES = 8 << 20
@@ -43,7 +44,10 @@ ABANDONED_US = 3_600_000_000
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A segment about to be stored: rows [start, end) on top of ``base_segment``; the last token is in ``node``."""
+    """A segment about to be stored: rows [start, end) on top of ``base_segment``; the last token is in ``node``.
+
+    ``keyframes`` are the positions (start and end may be among them) at which state that is overwritten is stored.
+    """
 
     node: int
     start: int
@@ -52,6 +56,7 @@ class Draft:
     layers: tuple[LayerSpec, ...]
     schedule: Schedule
     provenance: int
+    keyframes: tuple[int, ...] = ()
 
 
 def add_provenance(conn: sa.Connection, record: Provenance) -> int:
@@ -72,47 +77,54 @@ def provenance_of(conn: sa.Connection, provenance_id: int) -> Provenance:
     return read_provenance(checked(provenance, row)["record"])
 
 
-def cut(layers: tuple[LayerSpec, ...], start: int, end: int) -> Iterator[ChunkSpec]:
-    """How rows [start, end) are cut into chunks: at multiples of CHUNK_TOKENS, and by runs of layers.
+def cut(layers: tuple[LayerSpec, ...], start: int, end: int, keyframes: Sequence[int] = ()) -> Iterator[ChunkSpec]:
+    """How rows [start, end) and keyframes are cut into chunks: at multiples of CHUNK_TOKENS, and by runs of layers.
 
-    As many layers share a chunk as fit CHUNK_BYTES: a short turn of a whole model is one row of the table.
+    As many layers of a kind share a chunk as fit CHUNK_BYTES: a short turn of a whole model is one row of the table.
     Codec and digests are still empty.
     """
     expanded = expand(layers)
-    for position in range(start - start % limits.CHUNK_TOKENS, end, limits.CHUNK_TOKENS):
-        first, last = max(start, position), min(end, position + limits.CHUNK_TOKENS)
-        tokens, layer = last - first, 0
-        while layer < len(expanded):
-            if expanded[layer].kind != LayerKind.ROWS:
-                layer += 1
-                continue
-            count = size = 0
-            while layer + count < len(expanded) and expanded[layer + count].kind == LayerKind.ROWS:
-                more = expanded[layer + count].row_bytes * tokens
-                if count and size + more > limits.CHUNK_BYTES:
-                    break
-                size += more
-                count += 1
-            yield ChunkSpec(LayerKind.ROWS, first, tokens, layer, count, codec.RAW, size, size, b"", b"")
-            layer += count
+    for kind, width in ((LayerKind.ROWS, limits.CHUNK_TOKENS), (LayerKind.WINDOW, limits.WINDOW_CHUNK_TOKENS)):
+        if any(spec.kind == kind for spec in layers):
+            for position in range(start - start % width, end, width):
+                first, last = max(start, position), min(end, position + width)
+                yield from _runs(expanded, kind, first, last - first)
+    for position in keyframes:
+        yield from _runs(expanded, LayerKind.KEYFRAME, position, 0)
 
 
-def gather(source: RowSource, layers: list[LayerSpec], spec: ChunkSpec) -> bytes:
+def _runs(layers: list[LayerSpec], kind: LayerKind, position: int, tokens: int) -> Iterator[ChunkSpec]:
+    run: list[int] = []
+    size = 0
+    for number in [*(n for n, spec in enumerate(layers) if spec.kind == kind), None]:
+        more = layers[number].row_bytes * (tokens or 1) if number is not None else 0
+        if run and (number is None or size + more > limits.CHUNK_BYTES):
+            yield ChunkSpec(kind, position, tokens, run[0], run[-1] - run[0] + 1, codec.RAW, size, size, b"", b"")
+            run, size = [], 0
+        if number is not None:
+            run.append(number)
+            size += more
+
+
+def gather(source: Captured, layers: list[LayerSpec], spec: ChunkSpec) -> bytes:
     """The raw bytes of a chunk: layer after layer, tensor after tensor, each contiguous."""
-    block = source.block(spec.layer, spec.layers, spec.position, spec.position + spec.tokens)
+    numbers = covered(layers, spec)
+    if spec.kind == LayerKind.KEYFRAME:
+        return b"".join(array.tobytes() for number in numbers for array in source.frames[spec.position][number])
+    block = source.rows.block(numbers, spec.position, spec.position + spec.tokens)
     if block is not None:
         return block.tobytes()
     parts = [
-        np.ascontiguousarray(source.rows(layer, number, spec.position, spec.position + spec.tokens)).tobytes()
-        for layer in range(spec.layer, spec.layer + spec.layers)
-        for number in range(len(layers[layer].tensors))
+        np.ascontiguousarray(source.rows.rows(number, tensor, spec.position, spec.position + spec.tokens)).tobytes()
+        for number in numbers
+        for tensor in range(len(layers[number].tensors))
     ]
     return b"".join(parts)
 
 
 def write(
     database: Database,
-    source: RowSource,
+    source: Captured,
     draft: Draft,
     *,
     codec_name: str,
@@ -166,12 +178,12 @@ def write(
     return new
 
 
-def plan(source: RowSource, draft: Draft) -> list[ChunkSpec]:
+def plan(source: Captured, draft: Draft) -> list[ChunkSpec]:
     """The chunks a segment will be cut into, with the digests of their raw bytes."""
     layers = expand(draft.layers)
     return [
         replace(spec, raw_digest=digest(gather(source, layers, spec)))
-        for spec in cut(draft.layers, draft.start, draft.end)
+        for spec in cut(draft.layers, draft.start, draft.end, draft.keyframes)
     ]
 
 
@@ -191,19 +203,17 @@ def chunk_row(segment_id: int, spec: ChunkSpec, stored: bytes) -> dict[str, Any]
 
 def item_bytes(layers: list[LayerSpec], spec: ChunkSpec) -> int:
     """Bytes of one element of a chunk."""
-    sizes = {
-        ITEM_BYTES[tensor.dtype] for layer in layers[spec.layer : spec.layer + spec.layers] for tensor in layer.tensors
-    }
+    sizes = {ITEM_BYTES[tensor.dtype] for number in covered(layers, spec) for tensor in layers[number].tensors}
     return sizes.pop() if len(sizes) == 1 else 1  # mixed element sizes: one plane, so plain lz4
 
 
 def content_digest(draft: Draft, plan: list[ChunkSpec]) -> bytes:
     """Equal for segments whose rows have equal bits, however they are stored or were computed."""
     shapes = [
-        [spec.index, spec.count, [[t.name, t.dtype, t.shape, t.token_axis] for t in spec.tensors]]
+        [spec.index, spec.count, spec.kind, [[t.name, t.dtype, t.shape, t.token_axis] for t in spec.tensors]]
         for spec in draft.layers
     ]
-    chunks = [[c.position, c.tokens, c.layer, c.layers, c.raw_digest] for c in plan]
+    chunks = [[c.kind, c.position, c.tokens, c.layer, c.layers, c.raw_digest] for c in plan]
     return digest(msgpack.packb([draft.start, draft.end, shapes, chunks]))
 
 
@@ -246,8 +256,8 @@ def _insert_incomplete(conn: sa.Connection, draft: Draft, content: bytes) -> int
 
 def _batches(plan: list[ChunkSpec]) -> Iterator[list[ChunkSpec]]:
     batch: list[ChunkSpec] = []
-    # By layer, then position: the order in which a restore reads them, and so the order in the file.
-    for spec in sorted(plan, key=lambda spec: (spec.layer, spec.position)):
+    # By kind, layer, then position: the order in which a restore reads them, and so the order in the file.
+    for spec in sorted(plan, key=lambda spec: (spec.kind, spec.layer, spec.position)):
         if batch and sum(s.raw_length for s in batch) + spec.raw_length > TRANSACTION_BYTES:
             yield batch
             batch = []

@@ -202,6 +202,18 @@ def _node(conn: sa.Connection, node_id: int) -> dict[str, Any]:
     return checked(node, row)
 
 
+def position_at(conn: sa.Connection, position: Position, depth: int) -> Position:
+    """The point after the first ``depth`` tokens of the path to a position, in one query.
+
+    It is in the node that holds the last of these tokens, as if the path had ended there.
+    """
+    if not 0 <= depth <= position.depth:
+        raise ValueError(f"a path of {position.depth} tokens has no point after {depth}")
+    chain = ancestors(conn, position.node)
+    values = next(each for each in reversed(chain) if each["start"] < depth or each["parent"] is None)
+    return Position(values["id"], depth - values["start"], values["start"])
+
+
 def node_before(conn: sa.Connection, node_id: int, depth: int) -> int:
     """The node that holds the token before position ``depth``: this one, or one above it."""
     values = _node(conn, node_id)
@@ -224,6 +236,11 @@ def ancestors(conn: sa.Connection, node_id: int) -> list[dict[str, Any]]:
         chain.append(nodes.pop(at))
         at = chain[-1]["parent"]
     return chain[::-1]
+
+
+def tokens_before(conn: sa.Connection, node_id: int, depth: int) -> list[int]:
+    """The first ``depth`` token ids of the path that leads through a node. Raises CorruptRow."""
+    return tokens_to(conn, node_id, depth - _node(conn, node_id)["start"])
 
 
 def tokens_to(conn: sa.Connection, node_id: int, offset: int) -> list[int]:

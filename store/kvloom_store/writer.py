@@ -16,7 +16,7 @@ from kvloom_proto.errors import KVLoomError
 from kvloom_proto.records import LayerSpec, Schedule
 from kvloom_store import segments, turns
 from kvloom_store.database import Database
-from kvloom_store.rows import RowSource
+from kvloom_store.rows import Captured
 
 MAX_JOBS = 256
 """Jobs waiting before whoever hands over another one has to wait."""
@@ -33,10 +33,10 @@ class Handle:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Job:
-    """Rows [start, end) of ``source``, on top of ``base``."""
+    """Rows [start, end) of ``source`` and all its keyframes, on top of ``base``."""
 
     handle: Handle
-    source: RowSource = field(repr=False)
+    source: Captured = field(repr=False)
     node: int
     start: int
     end: int
@@ -116,7 +116,8 @@ class Writer:
         if job.base is not None and job.base.segment is None:
             raise job.base.error or KVLoomError("state cannot be stored without the state it stands on")
         base = job.base.segment if job.base else None
-        draft = segments.Draft(job.node, job.start, job.end, base, job.layers, job.schedule, job.provenance)
+        keyframes = tuple(sorted(job.source.frames))
+        draft = segments.Draft(job.node, job.start, job.end, base, job.layers, job.schedule, job.provenance, keyframes)
 
         def finish(conn: sa.Connection, segment: int) -> None:
             if job.handle.state is not None:

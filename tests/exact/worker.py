@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
-import kvloom.engine
+import kvloom.passes
 from kvloom.engine import TransformersEngine
 from kvloom.live import LiveState
 from kvloom.loom import KVLoom
@@ -190,7 +190,7 @@ class Scenario:
             "turn": turn,
             "end": state.state_end,
             "rows": rows_of(live, state.state_end),
-            "frame": last.frame if last else None,
+            "frame": frame_of(live) if live.length == state.state_end else last.frame if last else None,
             "logits": last.logits if last and state.hidden is not None else None,
             "ends": {str(at): asdict(passes[at]) for at in some},
             "next": None,
@@ -336,7 +336,7 @@ class Scenario:
 def main() -> None:
     """Run what the argument says."""
     spec = json.loads(sys.argv[1])
-    kvloom.engine.GRID = spec["grid"]
+    kvloom.passes.GRID = spec["grid"]
     folder = Path(spec["folder"])
     results = {}
     for described in spec["scenarios"]:

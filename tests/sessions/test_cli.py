@@ -183,6 +183,105 @@ class TestGoingOn:
         fails(kvloom("continue", "trip"), 20, "no store")
 
 
+class TestTokens:
+    """``trip`` has a message of 27 tokens (its system prompt with it) and a reply of 6."""
+
+    def test_log_ends_at_the_token(self, trip: Command) -> None:
+        whole = trip("log", "trip", "--json").json["turns"]
+        told = trip("log", "trip:30", "--json")
+        assert told.err == ""
+        assert told.json["branch"] is None
+        turns = told.json["turns"]
+        assert [(turn["id"], turn["role"]) for turn in turns] == [(turn["id"], turn["role"]) for turn in whole]
+        assert [turn["cut"] for turn in turns] == [False, False, True]
+        assert (turns[-1]["tokens"], turns[-1]["branches"], turns[-1]["finish_reason"]) == (3, [], "cut")
+        assert whole[-1]["text"].startswith(turns[-1]["text"])
+        assert "(cut)" in trip("log", "trip@main:30").out
+        assert trip("log", "trip:0", "--json").json["turns"] == []
+        assert [turn["role"] for turn in trip("log", "trip~1:27", "--json").json["turns"]] == ["system", "user"]
+
+    def test_a_turn_id_and_steps_back_name_the_path_whose_tokens_are_counted(self, trip: Command) -> None:
+        ids = [turn["id"] for turn in trip("log", "trip", "--json").json["turns"]]
+        for ref in (f"trip@{ids[2][:8]}:20", f"trip@{ids[1]}:20", "trip@main~1:20"):
+            turns = trip("log", ref, "--json").json["turns"]
+            assert ([turn["id"] for turn in turns], turns[-1]["tokens"]) == (ids[:2], 20)
+        fails(trip("log", "trip@main~1:28"), 20, "27 tokens")
+
+    def test_fork_and_continue_go_on_from_the_token(self, trip: Command) -> None:
+        whole = trip("log", "trip", "--json").json["turns"][-1]
+        forked = trip("fork", "trip@main:30", "again", "--json").json
+        assert (forked["branch"], forked["turns"]) == ("again", 3)
+        assert forked["turn"] != whole["id"]
+        told = trip("continue", "trip@again", "--max-tokens", "3", "--json").json
+        assert (told["branch"], told["tokens"]["generated"]) == ("again", 3)
+        assert told["tokens"]["reused"] >= 29
+        ids = [row["id"] for row in trip("show", "trip@again", "--tokens", "--around", "99", "--json").json["tokens"]]
+        assert ids == [row["id"] for row in trip("show", "trip", "--tokens", "--around", "99", "--json").json["tokens"]]
+
+    def test_continue_and_say_at_a_token_begin_a_branch_and_say_so(self, trip: Command) -> None:
+        went_on = trip("continue", "trip:30", "--max-tokens", "2", "--json")
+        assert went_on.json["branch"] == "main-2"
+        assert "trip@main-2" in went_on.err
+        assert trip("say", "trip:30", "more", "--max-tokens", "2", "--json").json["branch"] == "main-3"
+        roles = [turn["role"] for turn in trip("log", "trip@main-3", "--json").json["turns"]]
+        assert roles == ["system", "user", "assistant", "user", "assistant"]
+
+    def test_what_fails_leaves_neither_branch_nor_cut_turn(self, trip: Command, other_model: str) -> None:
+        before = trip("tree", "trip", "--json").json
+        fails(trip("continue", "trip:30", "--model", other_model), 30, "another model")
+        assert trip("tree", "trip", "--json").json == before
+        assert len(trip("branches", "trip", "--json").json["branches"]) == 1
+
+    def test_a_chat_moves_to_tokens(self, trip: Command) -> None:
+        lines = ["/checkout main:30", "/continue", "/checkout :28", "/fork other main:29", "/continue"]
+        told = trip("chat", "trip", "--max-tokens", "2", "--json", stdin="\n".join(lines).encode()).json
+        assert [reply["branch"] for reply in told["replies"]] == ["main-2", "other"]
+        assert trip("log", "trip@other", "--json").json["turns"][-2]["tokens"] == 2
+
+    def test_show_tokens_tells_which_token_stands_where(self, trip: Command) -> None:
+        turns = trip("log", "trip", "--json").json["turns"]
+        told = trip("show", "trip:26", "--tokens", "--around", "2", "--json").json
+        assert told.keys() == {"session", "turn", "token", "tokens"}
+        assert (told["turn"], told["token"]) == (turns[1]["id"], 26)
+        assert [row["position"] for row in told["tokens"]] == [24, 25, 26, 27]
+        assert [row["role"] for row in told["tokens"]] == ["user", "user", "user", "assistant"]
+        assert [row["text"] for row in told["tokens"]][:3] == ["<|im_start|>", "assistant", "\n"]
+        assert all(row.keys() == {"position", "id", "text", "turn", "role"} for row in told["tokens"])
+        lines = trip("show", "trip:26", "--tokens", "--around", "2").out.splitlines()
+        assert "trip:26" in lines[3]
+        assert lines[4].split()[:3] == ["26", str(told["tokens"][2]["id"]), r"'\n'"]
+
+    def test_show_tokens_of_a_turn_shows_its_end(self, trip: Command) -> None:
+        told = trip("show", "trip", "--tokens", "--json").json
+        assert told["token"] == 33
+        assert [row["position"] for row in told["tokens"]] == list(range(17, 33))
+        assert trip("show", "trip:0", "--tokens", "--json").json["turn"] is None
+        assert trip("show", "trip@main~2", "--tokens").out == ""
+        assert trip("show", "trip:30", "--json").json["token"] == 30
+        assert "30 tokens are kept" in trip("show", "trip:30").out
+        fails(trip("show", "trip:34", "--tokens"), 20, "33 tokens")
+
+    def test_without_the_tokenizer_ids_are_shown_and_nothing_is_cut(
+        self, kvloom: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = tiny_llama_folder(tmp_path / "own")
+        monkeypatch.setenv("KVLOOM_MODEL", str(folder))
+        kvloom("say", "a", "hello", "--max-tokens", "6")
+        (folder / "tokenizer.json").rename(folder / "elsewhere.json")
+        shown = kvloom("show", "a:15", "--tokens", "--json")
+        assert {row["text"] for row in shown.json["tokens"]} == {None}
+        for result in (
+            shown,
+            kvloom("show", "a:15", "--tokens"),
+            kvloom("log", "a:15"),
+            kvloom("log", "a:15", "--json"),
+        ):
+            assert (result.code, result.err.count("\n")) == (0, 1)
+            assert "tokenizer" in result.err
+        fails(kvloom("fork", "a:15", "b"), 30, "tokenizer", "kvloom continue")
+        assert kvloom("log", "a").err == ""
+
+
 class TestChat:
     def test_lines_of_a_pipe_are_messages_and_commands(self, kvloom: Command) -> None:
         lines = ["one", "", "/fork other", "two", "/undo", "//slash", "/checkout main", "/tag here"]
@@ -372,6 +471,9 @@ class TestStartingFast:
             (["say", "--help"], ["sqlalchemy"]),
             (["ls"], ["rich.console", "prompt_toolkit"]),
             (["log", "trip"], ["prompt_toolkit"]),
+            (["log", "trip:30"], ["prompt_toolkit"]),
+            (["show", "trip:30", "--tokens"], ["prompt_toolkit"]),
+            (["fork", "trip:30", "b"], ["prompt_toolkit"]),
             (["tree", "trip"], ["prompt_toolkit"]),
             (["show", "trip@main~2"], ["prompt_toolkit"]),
             (["config"], ["sqlalchemy"]),
@@ -408,7 +510,9 @@ class TestBadInput:
         fails(trip("log", "trip@main~9"), 20, "trip@main~9", "3 turns")
         fails(trip("fork", "trip", "main"), 20, "exists already")
         fails(trip("fork", "trip", "no good"), 20, "cannot be the name")
-        fails(trip("log", "trip:5"), 20, "token")
+        fails(trip("log", "trip:999"), 20, "no token 'trip:999'", "the path to trip has 33 tokens")
+        fails(trip("say", "new:5", "hello"), 20, "no session 'new'")
+        fails(trip("log", "trip:x"), 20, "not a ref", ":TOKEN")
 
     @pytest.mark.parametrize(("args", "stdin"), [(["  "], b""), (["-"], b"\n"), (["-"], b"")])
     def test_empty_text(self, kvloom: Command, store_path: Path, args: list[str], stdin: bytes) -> None:

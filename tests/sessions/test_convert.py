@@ -72,7 +72,7 @@ def test_a_gguf_file_is_converted_once_and_listed(tmp_path):
 
     assert convert(source) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
-    assert [(choice.path, choice.kind) for choice in available()][1:] == [(folder, "converted")]
+    assert [(choice.path, choice.kind) for choice in available() if choice.kind != "alias"] == [(folder, "converted")]
 
 
 def test_conversion_keeps_float32_weights_exactly(tmp_path):
@@ -164,7 +164,7 @@ def test_what_a_killed_conversion_left_is_swept_by_the_next_one(tmp_path, cache)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     killed = subprocess.run([sys.executable, "-c", code, str(path)], env=environment)
     assert killed.returncode == -signal.SIGKILL
-    assert [choice.kind for choice in available()] == ["alias"]  # what is half-made is not offered
+    assert {choice.kind for choice in available()} == {"alias"}  # what is half-made is not offered
     assert len(list((cache / "models").glob(".converting-*"))) == 1
 
     folder = convert(resolve(str(path)))

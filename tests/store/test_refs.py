@@ -44,6 +44,10 @@ def grow(database: Database, name: str, count: int) -> tuple[SessionRow, list[Tu
         ("trip~1", Ref("trip", None, 1)),
         ("my-trip/2026.1@feature/x", Ref("my-trip/2026.1", "feature/x", 0)),
         ("voyage-été@4f2a", Ref("voyage-été", "4f2a", 0)),
+        ("trip:0", Ref("trip", None, 0, 0)),
+        ("trip@main:1234", Ref("trip", "main", 0, 1234)),
+        ("trip@main~2:900", Ref("trip", "main", 2, 900)),
+        ("trip@4f2a:7", Ref("trip", "4f2a", 0, 7)),
     ],
 )
 def test_a_ref_is_taken_apart(text: str, ref: Ref):
@@ -51,7 +55,10 @@ def test_a_ref_is_taken_apart(text: str, ref: Ref):
     assert parse_ref(str(ref)) == ref
 
 
-@pytest.mark.parametrize("text", ["", "@main", "a@", "a@b@c", "a~x", "a b", "-a", "a@main~", "a@main:12"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "@main", "a@", "a@b@c", "a~x", "a b", "-a", "a@main~", "a@main:", "a@:12", "a:12@main", "a:12~1", "a:-1"],
+)
 def test_what_is_not_a_ref_is_refused(text: str):
     with pytest.raises(InvalidName):
         parse_ref(text)

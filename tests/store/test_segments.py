@@ -26,6 +26,7 @@ from kvloom_proto.records import (
     Provenance,
     Schedule,
     TensorSpec,
+    covered,
     expand,
     pack,
     read_manifest,
@@ -34,7 +35,7 @@ from kvloom_proto.records import (
 from kvloom_store import codec, healing, restore, roots, segments, trie
 from kvloom_store.database import Database
 from kvloom_store.restore import Link, Read, StateDamaged
-from kvloom_store.rows import RowBuffer
+from kvloom_store.rows import Captured, RowBuffer
 from kvloom_store.schema import chunk, segment
 
 DTYPES = ["float32", "bfloat16", "float16", "float64"]
@@ -91,7 +92,7 @@ class Store:
 
     def write(self, source: RowBuffer, start: int, end: int, base: int | None = None, codec_name: str = "raw") -> int:
         draft = self.draft(source, start, end, base)
-        return segments.write(self.database, source, draft, codec_name=codec_name, finish=lambda *_: None)
+        return segments.write(self.database, Captured(source, {}), draft, codec_name=codec_name, finish=lambda *_: None)
 
     def draft(self, source: RowBuffer, start: int, end: int, base: int | None = None) -> segments.Draft:
         schedule = Schedule((Pass(start, end - start),))
@@ -99,13 +100,14 @@ class Store:
 
     def heal(self, source: RowBuffer, segment_id: int, start: int, end: int, base: int | None = None) -> bool:
         draft = self.draft(source, start, end, base)
-        return healing.heal(self.database, source, segment_id, draft, codec_name="planes-lz4")
+        return healing.heal(self.database, Captured(source, {}), segment_id, draft, codec_name="planes-lz4")
 
     def read(self, segment_id: int, upto: int, layers: tuple[LayerSpec, ...]) -> RowBuffer:
         sink = RowBuffer(layers, max(upto, 1))
         with self.database.read() as conn:
             links = restore.chain(conn, segment_id)
-            restore.load(conn, links, restore.plan(links, upto), sink)
+            plan = restore.plan(links, upto, layers)
+            restore.load(conn, links, plan.rows, plan.windows, sink)
         return sink
 
     def count(self, table: sa.Table) -> int:
@@ -231,29 +233,29 @@ def test_what_a_dead_process_left_is_swept_and_what_a_live_one_is_writing_is_not
 
 
 def link(number: int, start: int, end: int) -> Link:
-    return Link(number, start, end, None, b"")
+    return Link(number, 1, start, end, None, 1, b"", b"")
 
 
 def test_a_plan_takes_each_segment_up_to_where_the_next_one_begins() -> None:
     links = [link(1, 0, 100), link(2, 80, 150), link(3, 150, 170)]
-    assert restore.plan(links, 170) == [Read(1, 0, 80), Read(2, 80, 150), Read(3, 150, 170)]
-    assert restore.plan(links, 151) == [Read(1, 0, 80), Read(2, 80, 150), Read(3, 150, 151)]
-    assert restore.plan(links, 150) == [Read(1, 0, 80), Read(2, 80, 150)]
-    assert restore.plan(links, 81) == [Read(1, 0, 80), Read(2, 80, 81)]
-    assert restore.plan(links, 80) == [Read(1, 0, 80)]
-    assert restore.plan(links, 1) == [Read(1, 0, 1)]
-    assert restore.plan(links, 0) == []
+    assert restore.reads_of(links, 170) == [Read(1, 0, 80), Read(2, 80, 150), Read(3, 150, 170)]
+    assert restore.reads_of(links, 151) == [Read(1, 0, 80), Read(2, 80, 150), Read(3, 150, 151)]
+    assert restore.reads_of(links, 150) == [Read(1, 0, 80), Read(2, 80, 150)]
+    assert restore.reads_of(links, 81) == [Read(1, 0, 80), Read(2, 80, 81)]
+    assert restore.reads_of(links, 80) == [Read(1, 0, 80)]
+    assert restore.reads_of(links, 1) == [Read(1, 0, 1)]
+    assert restore.reads_of(links, 0) == []
 
 
 @pytest.mark.parametrize("position", [171, 4096])
 def test_a_plan_beyond_what_is_held_is_refused(position: int) -> None:
     with pytest.raises(StateDamaged):
-        restore.plan([link(1, 0, 100), link(2, 80, 170)], position)
+        restore.reads_of([link(1, 0, 100), link(2, 80, 170)], position)
 
 
 def test_a_plan_over_a_hole_is_refused() -> None:
     with pytest.raises(StateDamaged):
-        restore.plan([link(1, 0, 100), link(2, 120, 170)], 170)
+        restore.reads_of([link(1, 0, 100), link(2, 120, 170)], 170)
 
 
 @given(data=st.data())
@@ -263,7 +265,7 @@ def test_a_plan_covers_every_row_exactly_once(data: st.DataObject) -> None:
         start = 0 if not links else data.draw(st.integers(links[-1].start + 1, links[-1].end))
         links.append(link(number, start, start + data.draw(st.integers(1, 50))))
     position = data.draw(st.integers(0, links[-1].end))
-    reads = restore.plan(links, position)
+    reads = restore.reads_of(links, position)
     assert [at for read in reads for at in range(read.start, read.end)] == list(range(position))
     for read in reads:
         assert links[read.segment].start <= read.start < read.end <= links[read.segment].end
@@ -300,9 +302,10 @@ def test_layers_share_a_chunk_up_to_its_size_and_no_further() -> None:
     assert [(s.layer, s.layers) for s in segments.cut(wide, 0, 10)] == [(0, 5)]
 
 
-def test_layers_without_rows_are_left_out() -> None:
+def test_a_chunk_holds_the_layers_of_one_kind_whatever_lies_between() -> None:
     mixed = (replace(PLAIN[0], count=1), LayerSpec(1, 2, LayerKind.EMPTY, ()), replace(PLAIN[0], index=3, count=2))
-    assert [(s.layer, s.layers) for s in segments.cut(mixed, 0, 5)] == [(0, 1), (3, 2)]
+    chunks = list(segments.cut(mixed, 0, 5))
+    assert [(s.layer, s.layers, covered(expand(mixed), s)) for s in chunks] == [(0, 5, [0, 3, 4])]
 
 
 # Damage

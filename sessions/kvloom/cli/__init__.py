@@ -65,13 +65,15 @@ def cli(ctx: click.Context) -> None:
 
     \b
     A REF names a point: SESSION, SESSION@BRANCH, SESSION@BRANCH~2 (two turns
-    back), SESSION@TAG or SESSION@TURN (a turn id, or how it begins).
+    back), SESSION@TAG or SESSION@TURN (a turn id, or how it begins). With :90
+    behind it, it names the point on the path to there where 90 tokens are kept.
 
     \b
     Example:
       kvloom say trip "Name a city in Italy."
       kvloom fork trip@main~2 instead
       kvloom say trip@instead "Name a city in Spain."
+      kvloom continue trip:30 --temperature 1
       kvloom tree trip
     """
     if ctx.invoked_subcommand is None:

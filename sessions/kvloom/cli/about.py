@@ -88,11 +88,13 @@ def models(options: Options) -> None:
             clean(choice.name) + (" (default)" if choice.name == default else ""),
             choice.kind,
             size(choice.size) if choice.ready else "not here",
-            "" if choice.ready else f"get it: {choice.how}",
         ]
         for choice in choices
     ]
-    columns(rows, ["model", "kind", "size", ""])
+    columns(rows, ["model", "kind", "size"])
+    for choice in choices:
+        if not choice.ready:  # not in the table, whose edge a terminal would cut
+            click.echo(f"get {choice.name}: {choice.how}")
     if default not in {choice.name for choice in choices}:
         click.echo(f"default: {clean(default)}")
     return None
@@ -208,7 +210,7 @@ def _loaded(name: str, dtype: str) -> dict[str, Any]:
     return {
         "seconds": round(time.perf_counter() - began, 2),
         "context": engine.context_limit,
-        "state": engine.hidden_dtype,
+        "state": engine.dtype,
     }
 
 

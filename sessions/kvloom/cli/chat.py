@@ -18,7 +18,7 @@ import click
 
 from kvloom.cli import chat_commands
 from kvloom.cli.common import Options, reading, ref_argument, shared
-from kvloom.cli.opening import Talk, model_options, talking
+from kvloom.cli.opening import Talk, model_options, new_session_options, talking
 from kvloom.cli.talk import interruptible, sampling, sampling_options, stream, tell
 from kvloom.cli.terminal import clean, dim, print_json
 
@@ -35,12 +35,10 @@ Ask = Callable[[str], str]
 @click.command(short_help="Talk, interactively.")
 @shared
 @ref_argument(metavar="[SESSION[@REF]]", required=False)
-@click.option("--system", metavar="TEXT", help="The system prompt of a new session.")
+@new_session_options
 @model_options
 @sampling_options
-def chat(
-    options: Options, ref: str | None, system: str | None, model: str | None, dtype: str | None, **values: Any
-) -> None:
+def chat(options: Options, ref: str | None, **values: Any) -> None:
     """Talk, interactively. Without SESSION, a new one is named after the day.
 
     Enter sends, Alt-Enter begins a new line. Ctrl-C stops a reply and keeps what was said; /continue goes on
@@ -51,9 +49,9 @@ def chat(
       kvloom chat
       kvloom chat trip@main~2 --temperature 0.7
     """
-    settings = sampling(values)
+    settings = sampling(values)  # what is left of the values is what a session is begun with
     name = ref or _free_name(options)
-    with talking(options, name, system=system, create=True, model=model, dtype=dtype) as talk:
+    with talking(options, name, create=True, **values) as talk:
         room = Chat(talk, settings, quiet=options.json)
         begun = len(talk.branch.log())
         dim(f"{talk.session.name}@{talk.branch.name}, {begun} turns so far · /help · Ctrl-D leaves")
@@ -61,7 +59,8 @@ def chat(
         with redirect_stdout(sys.stderr) if options.json else nullcontext():
             room.talk(_prompt_session().prompt if interactive else _line_from_pipe)
         if options.json:
-            print_json({"session": talk.session.name, "branch": room.branch.name, "replies": room.replies})
+            told = {"session": talk.session.name, "branch": room.branch.name, "replies": room.replies}
+            print_json(told | ({"template": talk.template} if talk.template else {}))
         room.check_said()
         if room.failed and not interactive:
             raise click.exceptions.Exit(room.failed)

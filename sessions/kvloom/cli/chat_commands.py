@@ -37,10 +37,11 @@ def _help(chat: Chat, _rest: str) -> None:
 
 
 def _fork(chat: Chat, rest: str) -> None:
-    """Begin a branch here, and go on with it."""
-    if not rest:
-        return dim("say how to call it: /fork NAME")
-    chat.branch = chat.branch.fork(rest)
+    """Begin a branch here or at REF, and go on with it."""
+    name, _, at = rest.partition(" ")
+    if not name:
+        return dim("say how to call it: /fork NAME, or /fork NAME BRANCH~2")
+    chat.branch = chat.session.fork(name, _ref(chat, at) if at.strip() else chat.branch.name)
     chat.moved = True
     return _where(chat)
 
@@ -75,10 +76,10 @@ def _tree(chat: Chat, _rest: str) -> None:
 
 
 def _checkout(chat: Chat, rest: str) -> None:
-    """Go to a branch, or to a turn, tag or BRANCH~N on a new branch."""
+    """Go to a branch; or on a new one to a turn, tag, BRANCH~N, BRANCH:TOKEN."""
     if not rest:
-        return dim("say where to: /checkout BRANCH, BRANCH~2, TAG or a turn id of /tree")
-    chat.branch = chat.session.checkout(rest.removeprefix(f"{chat.session.name}@"))
+        return dim("say where to: /checkout BRANCH, BRANCH~2, BRANCH:90, TAG or a turn id of /tree")
+    chat.branch = chat.session.checkout(_ref(chat, rest))
     chat.moved = True
     return _where(chat)
 
@@ -113,6 +114,12 @@ def _quit(_chat: Chat, _rest: str) -> None:
     """Leave; so does Ctrl-D."""
 
 
+def _ref(chat: Chat, text: str) -> str:
+    """A ref as it is typed in a chat: the session may be left out, and before ~2 or :90 the branch."""
+    at = text.strip().removeprefix(f"{chat.session.name}@")
+    return f"{chat.branch.name}{at}" if at.startswith(("~", ":")) else at
+
+
 def _where(chat: Chat) -> None:
     turns = chat.branch.log()
     said = f", last said: {preview(turns[-1].text, 50)}" if turns else ""
@@ -123,7 +130,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Chat, str], None]]] = {
     "continue": ("", _continue),
     "regenerate": ("", _regenerate),
     "undo": ("", _undo),
-    "fork": ("NAME", _fork),
+    "fork": ("NAME [REF]", _fork),
     "checkout": ("REF", _checkout),
     "tag": ("NAME", _tag),
     "tree": ("", _tree),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -96,9 +96,9 @@ def parse(text: str) -> tuple[Ref, str | None]:
     from kvloom_store.names import MAIN, parse_ref
 
     ref = parse_ref(text)
-    if ref.back:
-        return ref, f"{ref.point or MAIN}~{ref.back}"
-    return ref, ref.point
+    if ref.point is None and not ref.back and ref.token is None:
+        return ref, None
+    return ref, str(replace(ref, point=ref.point or MAIN)).removeprefix(f"{ref.session}@")
 
 
 def short_ids(conn: sa.Connection, session_row: int) -> Callable[[str | None], str]:

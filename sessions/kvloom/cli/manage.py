@@ -10,17 +10,21 @@ from kvloom.cli.common import Options, json_option, parse, pass_options, reading
 from kvloom.cli.terminal import clean, print_json
 
 
-@click.command(short_help="Begin a new branch at any turn.")
+@click.command(short_help="Begin a new branch at any turn or token.")
 @shared
 @ref_argument()
 @click.argument("branch", metavar="BRANCH")
 def fork(options: Options, ref: str, branch: str) -> None:
     """Begin BRANCH at REF (default: the tip of main): one row, whatever the conversation's length.
 
+    At a token inside a turn, it begins with that turn cut there; no state is copied.
+
     \b
     Example:
       kvloom fork trip@main~2 instead
       kvloom say trip@instead "Name a city in Spain."
+      kvloom fork trip@main:90 again
+      kvloom continue trip@again --temperature 1
     """
     at, point = parse(ref)
     with reading(options) as reader:

@@ -7,19 +7,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from kvloom.cli.common import F, Options, parse, reading, warn_of_network_drive
 from kvloom.cli.progress import Bars
-from kvloom.cli.terminal import warn
+from kvloom.cli.terminal import dim, warn
 
 if TYPE_CHECKING:
     from kvloom.branch import Branch
     from kvloom.loom import KVLoom
     from kvloom.session import Session
     from kvloom_store.names import Ref
+
+PLAIN = (
+    "this model brings no chat template: a plain User:/Assistant: format is used; --chat-template FILE gives another"
+)
 
 
 def model_options(command: F) -> F:
@@ -33,15 +37,30 @@ def model_options(command: F) -> F:
     )(command)
 
 
+def new_session_options(command: F) -> F:
+    """What a session is begun with, and keeps."""
+    command = click.option(
+        "--chat-template",
+        metavar="FILE",
+        help="The Jinja chat template of a new session (default: the model's own, else plain User:/Assistant: lines).",
+    )(command)
+    return click.option("--system", metavar="TEXT", help="The system prompt of a new session.")(command)
+
+
 @dataclass
 class Talk:
-    """A conversation that is open, and where in it things are said."""
+    """A conversation that is open, and where in it things are said.
+
+    ``template`` says where the chat template of a session that was made here is from: the model, a file, or, as
+    there is none, kvloom's default. "" for a session that was there.
+    """
 
     loom: KVLoom
     session: Session
     branch: Branch
     progress: Bars
     note: str = ""
+    template: Literal["", "model", "file", "default"] = ""
 
 
 @contextmanager
@@ -50,6 +69,7 @@ def talking(
     text: str,
     *,
     system: str | None = None,
+    chat_template: str | None = None,
     create: bool = False,
     model: str | None = None,
     dtype: str | None = None,
@@ -61,6 +81,7 @@ def talking(
     gc.enable()
     ref, at = parse(text)
     known = _settings_of(options, ref, create=create)
+    source = _template(chat_template)
     warn_of_network_drive(options.path)
     bars = Bars()
     loom = _open(options, known, model, dtype, bars, must_exist=not create)
@@ -69,8 +90,8 @@ def talking(
         if loom.database.read_only:
             with loom.database.write():  # says so now, not after the model was loaded
                 pass
-        if known is None or system:
-            session = loom.session(ref.session, system=system)
+        if known is None or system or source is not None:
+            session = loom.session(ref.session, system=system, chat_template=source)
         else:
             session = loom.find(ref.session)
         if known is None:
@@ -83,7 +104,13 @@ def talking(
         _ = loom.engine
         gc.freeze()  # what was loaded need not be looked through again
         bars.stop()
-        yield Talk(loom, session, branch, bars, note)
+        talk = Talk(loom, session, branch, bars, note)
+        if known is None:
+            default = branch.session_template().is_default
+            talk.template = "file" if source is not None else "default" if default else "model"
+        if talk.template == "default" and not options.json:
+            dim(PLAIN)
+        yield talk
     except BaseException:
         bars.stop()
         _undo(loom, made)
@@ -93,11 +120,24 @@ def talking(
         _close(loom)
 
 
+def _template(file: str | None) -> str | None:
+    """The chat template in a file, checked. Raises SessionError and its kinds."""
+    if file is None:
+        return None
+    from kvloom import template_file
+
+    try:
+        path = Path(file).expanduser()
+    except RuntimeError:  # ~nobody
+        path = Path(file)
+    return template_file.read(path)
+
+
 def _settings_of(options: Options, ref: Ref, *, create: bool) -> dict[str, Any] | None:
     """What the session fixed when it began; None for one that is to be made. Raises RefNotFound for others."""
     from kvloom.errors import RefNotFound
 
-    may_be_new = create and ref.point is None and not ref.back
+    may_be_new = create and ref.point is None and not ref.back and ref.token is None
     if may_be_new and not options.path.exists():
         return None
     with reading(options) as reader:
@@ -157,7 +197,7 @@ def _undo(loom: KVLoom, made: list[Branch | Session]) -> None:
     """Take away what was made for a turn that never came."""
     from kvloom.errors import KVLoomError
     from kvloom.session import Session
-    from kvloom_store import refs
+    from kvloom_store import cut, refs
 
     try:
         for each in reversed(made):
@@ -169,6 +209,8 @@ def _undo(loom: KVLoom, made: list[Branch | Session]) -> None:
                 point = refs.resolve(conn, parse(f"{each.session.name}@{each.name}")[0])
                 if point.branch is not None and point.turn == each.row.turn:
                     refs.remove_branch(conn, point.branch.row)
+                    if point.turn is not None:
+                        cut.discard(conn, point.turn)
     except KVLoomError as error:
         warn(f"could not tidy up: {error}")
 

@@ -18,7 +18,9 @@ from kvloom.cli.terminal import (
     print_json,
     seconds,
     styled_role,
+    warn,
 )
+from kvloom.cli.tokens import no_tokenizer, show_tokens
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
@@ -116,18 +118,21 @@ def _branch_json(name: str, tip: TreeTurn | None, depth: dict[str, int]) -> dict
 @ref_argument()
 @click.option("-n", "--last", type=click.IntRange(1), metavar="N", help="Only the last N turns.")
 def log(options: Options, ref: str, last: int | None) -> None:
-    """Show what was said, from the first turn down to REF (default: the branch main).
+    """Show what was said, from the first turn down to REF (default: the branch main), or to its token.
 
     \b
     Example:
       kvloom log trip
       kvloom log trip@main~2 --last 4
+      kvloom log trip@main:90
     """
     at, point = parse(ref)
     with reading(options) as reader:
         session = reader.find(at.session)
         found = reader.resolve(at)
         turns = session.log(point)
+        if found.token is not None and session.tokenizer is None:
+            warn(f"{no_tokenizer(session.settings)}, so the text of the last turn is shown whole")
         with reader.database.read() as conn:
             short = short_ids(conn, session.row.row)
     turns = turns[-last:] if last else turns
@@ -157,6 +162,8 @@ def labels(turn: TreeTurn) -> list[str]:
         notes.append("(continued)")
     if turn.finish_reason in ("interrupted", "length"):
         notes.append(f"({turn.finish_reason})")
+    if turn.cut:
+        notes.append("(cut)")
     return notes
 
 
@@ -167,18 +174,26 @@ def _print_turn(turn: TreeTurn, short: str, *, first: bool) -> None:
     click.echo(clean(turn.text))
 
 
-@click.command(short_help="Show one turn in full.")
+@click.command(short_help="Show one turn in full, or the tokens around a point.")
 @shared
 @ref_argument(metavar="REF")
-def show(options: Options, ref: str) -> None:
+@click.option("--tokens", is_flag=True, help="Show the tokens around the point that REF names.")
+@click.option("--around", type=click.IntRange(1), default=16, metavar="N", help="So many on each side (default 16).")
+def show(options: Options, ref: str, tokens: bool, around: int) -> None:
     """Show the turn that REF names in full: text, tokens, settings, timings, and how its state was computed.
+
+    With --tokens, show which token stands where: REF:90 keeps those at positions 0 to 89, and the next one
+    will stand at position 90.
 
     \b
     Example:
       kvloom show trip@main~1
       kvloom show trip@3f2a --json
+      kvloom show trip@main:90 --tokens
     """
     at, _ = parse(ref)
+    if tokens:
+        return show_tokens(options, at, around)
     from kvloom_store import turns
 
     with reading(options) as reader:
@@ -190,6 +205,7 @@ def show(options: Options, ref: str) -> None:
                 "branch": found.branch.name if found.branch else None,
                 "model": settings.get("model"),
                 "dtype": settings.get("dtype"),
+                "token": found.token,
                 "turn": None,
             }
             if found.turn is not None:
@@ -262,6 +278,8 @@ def _print_full(head: dict[str, Any]) -> None:
     names = [f"[{name}]" for name in turn["branches"]] + [f"#{name}" for name in turn["tags"]]
     facts += [("turn", " ".join([turn["id"], *names])), ("parent", turn["parent"] or "none, it is the first")]
     facts += [("said", turn["created"])]
+    if head["token"] is not None:
+        facts.append(("point", f"{head['token']} tokens are kept; --tokens shows those around that point"))
     if turn["finish_reason"]:
         facts.append(("ended by", turn["finish_reason"]))
     facts += [("settings", _pairs(turn["settings"])), ("timings", _timings(turn["timings"]))]

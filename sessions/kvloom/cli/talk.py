@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvloom.cli.common import F, Options, ref_argument, shared
-from kvloom.cli.opening import Talk, model_options, talking
+from kvloom.cli.opening import Talk, model_options, new_session_options, talking
 from kvloom.cli.terminal import clean, dim, print_json, seconds, stdout_is_terminal, warn
 
 if TYPE_CHECKING:
     from kvloom.report import Reply
     from kvloom.run import Run
+
+STOP_HELP = 'End before this text (can be repeated; default: none, or "\\nUser:" where the model has no chat template).'
 
 
 def sampling_options(command: F) -> F:
@@ -33,7 +35,7 @@ def sampling_options(command: F) -> F:
             ),
             click.option("--repetition-penalty", type=float, metavar="R", help="Above 1: repeat less."),
             click.option("--seed", type=int, metavar="N", help="The same seed gives the same reply."),
-            click.option("--stop", multiple=True, metavar="TEXT", help="End before this text (can be repeated)."),
+            click.option("--stop", multiple=True, metavar="TEXT", help=STOP_HELP),
         ]
     ):
         command = option(command)
@@ -56,15 +58,15 @@ def sampling(values: dict[str, Any]) -> dict[str, Any]:
 @shared
 @ref_argument()
 @click.argument("text", metavar="TEXT|-")
-@click.option("--system", metavar="TEXT", help="The system prompt of a new session.")
+@new_session_options
 @model_options
 @sampling_options
 @click.option("--no-reuse", is_flag=True, help="Load no stored state: compute everything anew.")
 @click.option("--require-reuse", is_flag=True, help="Fail unless the whole stored prefix is reused.")
-def say(options: Options, ref: str, text: str, system: str | None, no_reuse: bool, **values: Any) -> None:
+def say(options: Options, ref: str, text: str, no_reuse: bool, **values: Any) -> None:
     """Say TEXT at REF and print the reply as it comes. A new SESSION is made; "-" reads TEXT from stdin.
 
-    On a branch, the branch moves on. At a turn, a tag or SESSION@BRANCH~N, a new branch is made.
+    On a branch, the branch moves on. At a turn, a tag, a token or SESSION@BRANCH~N, a new branch is made.
     Ctrl-C stops the reply; what was said is kept, and "kvloom continue" goes on with it.
 
     \b
@@ -79,7 +81,8 @@ def say(options: Options, ref: str, text: str, system: str | None, no_reuse: boo
     said = _text(text)
     required = values["require_reuse"]
 
-    with talking(options, ref, system=system, create=True, model=values["model"], dtype=values["dtype"]) as talk:
+    begun = {name: values[name] for name in ("system", "chat_template", "model", "dtype")}
+    with talking(options, ref, create=True, **begun) as talk:
         finish(
             options,
             talk,
@@ -102,9 +105,13 @@ def say(options: Options, ref: str, text: str, system: str | None, no_reuse: boo
 def continue_(options: Options, ref: str, model: str | None, dtype: str | None, **values: Any) -> None:
     """Go on with the reply at REF that was interrupted or met its limit, just where it stopped.
 
+    At a token (SESSION@BRANCH:90) it goes on from that very token, on a new branch; "kvloom show REF --tokens"
+    shows where tokens are.
+
     \b
     Example:
       kvloom continue trip
+      kvloom continue trip@main:90 --temperature 1
       kvloom continue trip@main --max-tokens 200
     """
     settings = sampling(values)
@@ -143,7 +150,7 @@ def finish(options: Options, talk: Talk, start: Callable[[threading.Event], Run]
     with interruptible() as stopped:
         reply, closed = stream(start(stopped.cancel), talk.progress.stop, stopped.cancel, quiet=options.json)
     if options.json and closed is None:
-        print_json(reply.to_json())
+        print_json(reply.to_json() | ({"template": talk.template} if talk.template else {}))
     if talk.note:
         dim(talk.note)
     tell(reply, brief=options.json)

@@ -1,0 +1,50 @@
+"""Which tokens of a path belong to which turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from kvloom_store import turns
+from kvloom_store.turns import Turn, TurnState
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A turn, what a model made of it, and the tokens [start, end) of the path that are its own.
+
+    ``end`` lies before the state's own where a later turn's template rewrote history.
+    """
+
+    turn: Turn
+    state: TurnState
+    start: int
+    end: int
+
+
+def of_path(conn: sa.Connection, path: Sequence[Turn]) -> list[Span]:
+    """The turns of a path that have tokens on it, from its first token to its last.
+
+    Turns without a state of their own are left out: a system turn's tokens come with the next one.
+    """
+    states: dict[int, list[TurnState]] = {}
+    for each in turns.states_of(conn, [turn.row for turn in path]):
+        states.setdefault(each.turn, []).append(each)
+    found: list[Span] = []
+    root: int | None = None
+    for turn in reversed(path):
+        root = states[turn.row][0].root if root is None and turn.row in states else root
+        state = turns.best_state(states.get(turn.row, ()), root) if root is not None else None
+        if state is None:
+            continue
+        end = found[-1].start if found else state.end
+        if state.start < end:
+            found.append(Span(turn, state, state.start, end))
+    return found[::-1]
+
+
+def containing(spans: Sequence[Span], token: int) -> Span:
+    """The span that holds the token before the point where ``token`` tokens are kept."""
+    return next(span for span in spans if span.start < token <= span.end)
