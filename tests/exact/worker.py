@@ -190,7 +190,7 @@ class Scenario:
             "turn": turn,
             "end": state.state_end,
             "rows": rows_of(live, state.state_end),
-            "frame": last.frame if last else None,
+            "frame": frame_of(live) if live.length == state.state_end else last.frame if last else None,
             "logits": last.logits if last and state.hidden is not None else None,
             "ends": {str(at): asdict(passes[at]) for at in some},
             "next": None,
