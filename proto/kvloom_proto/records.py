@@ -272,10 +272,13 @@ def _read_layer(message: pb.LayerSpec) -> LayerSpec:
             raise FormatError("a tensor needs a name, a shape without zeros and its token axis", field="tensor")
         _limit("tensor.shape", math.prod(tensor.shape), limits.MAX_CHUNK_BYTES)
         tensors.append(TensorSpec(tensor.name, tensor.dtype, tuple(tensor.shape), tensor.token_axis))
+    kind = _read_kind(message.kind, "layer.kind")
+    if kind == LayerKind.WINDOW and not message.window:
+        raise FormatError("a window has at least one token", field="layer.window")
     return LayerSpec(
         message.index,
         message.count,
-        _read_kind(message.kind, "layer.kind"),
+        kind,
         tuple(tensors),
         message.window,
         message.shares,
@@ -319,9 +322,10 @@ STORED_BY_ROW = (LayerKind.ROWS, LayerKind.WINDOW)
 def _check_covered_once(manifest: Manifest) -> None:
     """Each row, and each layer of each keyframe, must stand in exactly one chunk, of the length its specs announce."""
     layers = expand(manifest.layers)
-    seen: set[tuple[int, int]] = set()
-    rows = frames = 0
-    for chunk in manifest.chunks:
+    # How far each layer's rows reach, when the chunks are taken in order: an overlap and a hole could hide in a sum.
+    reach = {n: manifest.start for n, spec in enumerate(layers) if spec.kind in STORED_BY_ROW}
+    frames: set[tuple[int, int]] = set()
+    for chunk in sorted(manifest.chunks, key=lambda chunk: chunk.position):
         if chunk.layer + chunk.layers > len(layers):
             raise FormatError("a chunk names layers that are not there", field="chunk.layers")
         if chunk.kind in STORED_BY_ROW:
@@ -331,16 +335,19 @@ def _check_covered_once(manifest: Manifest) -> None:
         elif chunk.tokens or not manifest.start <= chunk.position <= manifest.end:
             raise FormatError("a keyframe lies outside its segment", field="chunk.position")
         here = covered(layers, chunk)
-        if not here or any((chunk.position, layer) in seen for layer in here):
+        if not here or any((chunk.position, n) in frames or reach.get(n, 0) > chunk.position for n in here):
             raise FormatError("state is stored twice, or for no layer", field="chunk.layer")
-        seen.update((chunk.position, layer) for layer in here)
-        rows += chunk.tokens * len(here)
-        frames += len(here) if chunk.kind == LayerKind.KEYFRAME else 0
+        if chunk.kind == LayerKind.KEYFRAME:
+            frames.update((chunk.position, n) for n in here)
+        elif any(reach[n] < chunk.position for n in here):
+            raise FormatError("the chunks do not cover every row", field="manifest.chunks")
+        else:
+            reach.update((n, chunk.position + chunk.tokens) for n in here)
         if chunk.raw_length != chunk_raw_bytes(layers, chunk):
             raise FormatError("a chunk's length is not that of its state", field="chunk.raw_length")
-    if rows != sum(spec.kind in STORED_BY_ROW for spec in layers) * (manifest.end - manifest.start):
+    if any(upto != manifest.end for upto in reach.values()):
         raise FormatError("the chunks do not cover every row", field="manifest.chunks")
-    if frames != sum(spec.kind == LayerKind.KEYFRAME for spec in layers) * len(manifest.keyframes):
+    if len(frames) != sum(spec.kind == LayerKind.KEYFRAME for spec in layers) * len(manifest.keyframes):
         raise FormatError("a keyframe lacks some of its layers", field="manifest.chunks")
 
 

@@ -142,6 +142,97 @@ def test_a_manifest_that_contradicts_itself_is_refused(change: Callable[[pb.Mani
     assert error.value.field == field
 
 
+KEPT = TensorSpec("recurrent_states.0", "bfloat16", (2, 3), 0)
+KINDS = (
+    LayerSpec(0, 1, LayerKind.ROWS, (TENSOR,)),
+    LayerSpec(1, 2, LayerKind.KEYFRAME, (KEPT,)),
+    LayerSpec(3, 1, LayerKind.WINDOW, (TENSOR,), window=4),
+    LayerSpec(4, 1, LayerKind.KEYFRAME, (KEPT,)),
+)
+FIRST_FRAME, LAST_FRAME = 3, 5
+"""Where the keyframe at the start stands among the chunks, and that at the end, which is cut in two."""
+
+
+def mixed() -> pb.Manifest:
+    """A manifest that is right: 20 positions of rows, a window and two keyframes, one of them in two chunks."""
+
+    def made(kind: LayerKind, position: int, tokens: int, layer: int, layers: int, size: int) -> ChunkSpec:
+        return ChunkSpec(kind, position, tokens, layer, layers, "raw", size, size, DIGEST, DIGEST)
+
+    chunks = (
+        made(LayerKind.ROWS, 100, 20, 0, 1, 640),
+        made(LayerKind.WINDOW, 100, 12, 3, 1, 384),
+        made(LayerKind.WINDOW, 112, 8, 3, 1, 256),
+        made(LayerKind.KEYFRAME, 100, 0, 1, 4, 36),
+        made(LayerKind.KEYFRAME, 120, 0, 1, 2, 24),
+        made(LayerKind.KEYFRAME, 120, 0, 4, 1, 12),
+    )
+    message = pb.Manifest()
+    message.ParseFromString(pack(Manifest(100, 120, 256, KINDS, chunks)))
+    return message
+
+
+def _drop(number: int) -> Callable[[pb.Manifest], None]:
+    def change(message: pb.Manifest) -> None:
+        del message.chunks[number]
+
+    return change
+
+
+def _again(number: int) -> Callable[[pb.Manifest], None]:
+    return lambda message: message.chunks.add().CopyFrom(message.chunks[number])
+
+
+def _overlap(message: pb.Manifest) -> None:
+    """As many rows as there are to be, but some twice and others not at all."""
+    message.chunks[2].position = 111
+
+
+MIXED = [
+    ("a keyframe without some of its layers", _drop(LAST_FRAME), "manifest.chunks"),
+    ("a keyframe with a layer twice", _again(LAST_FRAME), "chunk.layer"),
+    ("a keyframe twice", _again(FIRST_FRAME), "chunk.layer"),
+    ("a keyframe before the segment", _set("chunks.3.position", 99), "chunk.position"),
+    ("a keyframe behind the segment", _set("chunks.5.position", 121), "chunk.position"),
+    ("half a keyframe somewhere else", _set("chunks.5.position", 110), "manifest.chunks"),
+    ("a keyframe with tokens", _set("chunks.3.tokens", 1), "chunk.position"),
+    ("a keyframe of another length", _set("chunks.3.raw_length", 35), "chunk.raw_length"),
+    ("a keyframe of layers that are no keyframes", _set("chunks.3.layers", 0), "chunk.layer"),
+    ("a keyframe of layers that are not there", _set("chunks.5.layers", 2), "chunk.layers"),
+    ("a window that is missing", _drop(1), "manifest.chunks"),
+    ("the end of a window that is missing", _drop(2), "manifest.chunks"),
+    ("rows of a window in place of those of rows", _set("chunks.0.kind", int(LayerKind.WINDOW)), "chunk.layer"),
+    ("an overlap as long as the hole behind it", _overlap, "chunk.layer"),
+    ("a window of no tokens", _set("layers.2.window", 0), "layer.window"),
+]
+
+
+def test_a_manifest_of_every_kind_reads_back_as_it_was() -> None:
+    manifest = read_manifest(mixed().SerializeToString())
+    assert (manifest.layers, manifest.keyframes) == (KINDS, [100, 120])
+    assert manifest.raw_bytes == 640 + 640 + 72
+    assert pack(manifest) == mixed().SerializeToString(deterministic=True)
+
+
+@pytest.mark.parametrize(("change", "field"), [row[1:] for row in MIXED], ids=[row[0] for row in MIXED])
+def test_a_keyframe_or_a_window_that_is_not_whole_is_refused(change: Callable[[pb.Manifest], None], field: str) -> None:
+    message = mixed()
+    change(message)
+    with pytest.raises(FormatError) as error:
+        read_manifest(message.SerializeToString())
+    assert error.value.field == field
+
+
+def test_chunks_may_stand_in_any_order() -> None:
+    message = mixed()
+    chunks = list(message.chunks)
+    del message.chunks[:]
+    message.chunks.extend(reversed(chunks))
+    assert sorted(read_manifest(message.SerializeToString()).chunks, key=repr) == sorted(
+        read_manifest(mixed().SerializeToString()).chunks, key=repr
+    )
+
+
 @pytest.mark.parametrize("version", [0, 2, 4_000_000_000])
 def test_another_version_is_refused_by_number(version: int) -> None:
     for read, message in (
