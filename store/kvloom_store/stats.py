@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import sqlalchemy as sa
 
+from kvloom_proto.errors import FormatError
+from kvloom_proto.records import STORED_BY_ROW, LayerKind, LayerSpec, expand, read_manifest
 from kvloom_store import sqlite
 from kvloom_store.database import Database
 from kvloom_store.schema import branch, node, segment, session, turn, turn_state
@@ -15,24 +18,27 @@ def stats(database: Database, session_row: int | None = None) -> dict[str, Any]:
     """Counts and bytes of a store, or of one session.
 
     ``tokens`` and ``state_logical`` count each token of each distinct path once: the latter is the uncompressed size
-    of the state that is held for them. ``state_stored`` is what it takes in the file, side-by-side variants
-    and compression included. ``state_if_snapshots`` is what one whole snapshot a reply would take, uncompressed.
-    ``file`` is always the whole file with its log.
+    of the state that is held for them, and of every keyframe. ``state_stored`` is what it takes in the file,
+    side-by-side variants and compression included. ``state_if_snapshots`` is what one whole snapshot a reply would
+    take, uncompressed: all rows, of windows those that are still seen, and one keyframe. ``file`` is always the whole
+    file with its log.
     """
     with database.read() as conn:
         mine = sa.true() if session_row is None else turn.c.session == session_row
         states = sa.select(turn_state).join(turn, turn.c.id == turn_state.c.turn).where(mine).subquery()
         segments = _segments(conn, None if session_row is None else states)
-        covered = _covered(conn, {row.node for row in segments}, segments)
-        per_token = {row.id: row.raw_bytes // (row.end - row.start) for row in segments}
-        widths = {row.node: per_token[row.id] for row in segments}
-        logical = sum((end - start) * width for (_, width), spans in covered.items() for start, end in spans)
+        layers = _layers(conn, {row.root: row.id for row in segments})
+        widths = {
+            root: sum(each.row_bytes for each in some if each.kind in STORED_BY_ROW) for root, some in layers.items()
+        }
+        covered = _covered(conn, segments, widths)
+        frames = sum(row.raw_bytes - (row.end - row.start) * widths[row.root] for row in segments)
+        logical = sum((end - start) * width for (_, width), spans in covered.items() for start, end in spans) + frames
         replies = conn.execute(
-            sa.select(sa.func.coalesce(sa.func.sum(states.c.state_end), 0))
+            sa.select(states.c.root, states.c.state_end)
             .select_from(states.join(turn, turn.c.id == states.c.turn))
             .where(turn.c.role == "assistant")
-        ).scalar_one()
-        width = max(widths.values(), default=0)
+        )
         return {
             "sessions": _count(conn, session, sa.true() if session_row is None else session.c.id == session_row),
             "branches": _count(conn, branch, sa.true() if session_row is None else branch.c.session == session_row),
@@ -43,9 +49,33 @@ def stats(database: Database, session_row: int | None = None) -> dict[str, Any]:
                 "file": sqlite.file_bytes(database.path),
                 "state_stored": sum(row.stored_bytes for row in segments),
                 "state_logical": logical,
-                "state_if_snapshots": int(replies) * width,
+                "state_if_snapshots": sum(_snapshot(layers.get(root, []), end) for root, end in replies),
             },
         }
+
+
+def _layers(conn: sa.Connection, segments: list[sa.Row[Any]]) -> dict[int, list[LayerSpec]]:
+    """What the layers of each root's model hold, from the first manifest of its segments that can be read."""
+    found: dict[int, list[LayerSpec]] = {}
+    for row in segments:
+        if row.root not in found:
+            manifest = conn.execute(sa.select(segment.c.manifest).where(segment.c.id == row.id)).scalar_one()
+            with contextlib.suppress(FormatError):  # a damaged one is told of when it is needed
+                found[row.root] = expand(read_manifest(manifest).layers)
+    return {root: found.get(root, []) for root in {row.root for row in segments}}
+
+
+def _snapshot(layers: list[LayerSpec], tokens: int) -> int:
+    """Bytes of one whole snapshot of the state after so many tokens."""
+    size = 0
+    for each in layers:
+        if each.kind == LayerKind.ROWS:
+            size += each.row_bytes * tokens
+        elif each.kind == LayerKind.WINDOW:
+            size += each.row_bytes * min(tokens, each.window - 1)
+        else:
+            size += each.row_bytes if tokens else 0
+    return size
 
 
 def _count(conn: sa.Connection, table: sa.Table, where: sa.ColumnElement[bool]) -> int:
@@ -55,12 +85,13 @@ def _count(conn: sa.Connection, table: sa.Table, where: sa.ColumnElement[bool]) 
 def _segments(conn: sa.Connection, states: sa.Subquery | None) -> list[sa.Row[Any]]:
     """The complete segments, of one session those its turns stand on, without their manifests."""
     c = segment.c
-    columns = (c.id, c.node, c.start, c.end, c.raw_bytes, c.stored_bytes)
+    columns = (c.id, c.node, c.start, c.end, c.raw_bytes, c.stored_bytes, node.c.root)
+    query = sa.select(*columns).join(node, node.c.id == c.node).where(c.complete == 1)
     if states is None:
-        return list(conn.execute(sa.select(*columns).where(c.complete == 1)))
+        return list(conn.execute(query))
     up = sa.select(states.c.segment.label("id")).where(states.c.segment.is_not(None)).cte("up", recursive=True)
     up = up.union(sa.select(c.base_segment).where(c.id == up.c.id, c.base_segment.is_not(None)))
-    return list(conn.execute(sa.select(*columns).where(c.id.in_(sa.select(up.c.id)), c.complete == 1)))
+    return list(conn.execute(query.where(c.id.in_(sa.select(up.c.id)))))
 
 
 def _nodes(conn: sa.Connection, start: sa.Select[Any]) -> dict[int, Any]:
@@ -73,19 +104,18 @@ def _nodes(conn: sa.Connection, start: sa.Select[Any]) -> dict[int, Any]:
 
 
 def _covered(
-    conn: sa.Connection, nodes: set[int], segments: list[sa.Row[Any]]
+    conn: sa.Connection, segments: list[sa.Row[Any]], widths: dict[int, int]
 ) -> dict[tuple[int, int], list[tuple[int, int]]]:
-    """For each node, the spans of positions whose state is held, and the bytes of one position's state."""
-    found = _nodes(conn, sa.select(segment.c.node.label("id")).where(segment.c.complete == 1)) if nodes else {}
+    """For each node, the spans of positions whose state is held, and the bytes of one position's rows."""
+    found = _nodes(conn, sa.select(segment.c.node.label("id")).where(segment.c.complete == 1)) if segments else {}
     spans: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for row in segments:
         at, end = row.node, row.end
-        width = row.raw_bytes // (row.end - row.start)
         while end > row.start:  # a segment may span ancestors of its node
             edge = found[at]
             first = max(row.start, edge.start)
             if end > first:
-                spans.setdefault((at, width), []).append((first, end))
+                spans.setdefault((at, widths[row.root]), []).append((first, end))
             at, end = edge.parent, min(end, edge.start)
     return {key: _union(value) for key, value in spans.items()}
 
