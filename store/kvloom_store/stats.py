@@ -27,10 +27,8 @@ def stats(database: Database, session_row: int | None = None) -> dict[str, Any]:
         mine = sa.true() if session_row is None else turn.c.session == session_row
         states = sa.select(turn_state).join(turn, turn.c.id == turn_state.c.turn).where(mine).subquery()
         segments = _segments(conn, None if session_row is None else states)
-        layers = _layers(conn, {row.root: row.id for row in segments})
-        widths = {
-            root: sum(each.row_bytes for each in some if each.kind in STORED_BY_ROW) for root, some in layers.items()
-        }
+        layers = _layers(conn, segments)
+        widths = {root: sum(e.row_bytes for e in some if e.kind in STORED_BY_ROW) for root, some in layers.items()}
         covered = _covered(conn, segments, widths)
         frames = sum(row.raw_bytes - (row.end - row.start) * widths[row.root] for row in segments)
         logical = sum((end - start) * width for (_, width), spans in covered.items() for start, end in spans) + frames
