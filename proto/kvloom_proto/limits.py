@@ -36,9 +36,9 @@ MAX_VOCABULARY = 1 << 31
 CHUNK_TOKENS = 256
 """Chunks are cut at absolute multiples of this many tokens."""
 
-WINDOW_CHUNK_TOKENS = 64
-"""Chunks of windows are cut at absolute multiples of this many tokens: only the last W rows are read, and what is read
-besides them is at most one chunk at either end."""
+WINDOW_CHUNK_TOKENS = 32
+"""Chunks of a model that has windows are cut at absolute multiples of this many tokens: only the last W rows are read,
+and what is read besides them is less than one chunk at either end, and wherever a branch left its path."""
 
 CHUNK_BYTES = 4 << 20
 """Layers are put into one chunk until it has about this many raw bytes (measured: benchmarks/NOTES.md)."""

@@ -22,7 +22,7 @@ import numpy as np
 import sqlalchemy as sa
 
 from kvloom_proto.errors import ChecksumMismatch, FormatError
-from kvloom_proto.limits import CHUNK_TOKENS, WINDOW_CHUNK_TOKENS
+from kvloom_proto.limits import CHUNK_TOKENS
 from kvloom_proto.records import (
     ITEM_BYTES,
     ChunkSpec,
@@ -135,6 +135,10 @@ class Plan:
     def replayed(self) -> int:
         """Tokens that are run again."""
         return self.position - self.base
+
+
+_Wanted = dict[tuple[int, int, int], tuple[Read, Manifest, ChunkSpec]]
+"""Chunks to read, by segment, layer and position: the read that each is for, and how it was written."""
 
 
 class RowSink(RowSource, Protocol):
@@ -274,11 +278,11 @@ def _load_wanted(
     conn: sa.Connection,
     kind: LayerKind,
     reads: Sequence[Read],
-    wanted: dict[tuple[int, int, int], tuple[Read, Manifest, ChunkSpec]],
+    wanted: _Wanted,
     sink: RowSink,
 ) -> int:
     total, intact = 0, min(read.start for read in reads)
-    for values in _blobs(conn, kind, reads):
+    for values in _blobs(conn, kind, reads, wanted):
         found = wanted.pop((values["segment"], values["layer"], values["position"]), None)
         if found is None:
             continue
@@ -339,18 +343,28 @@ def load_keyframe(conn: sa.Connection, links: Sequence[Link], keyframe: Keyframe
     return frame, total
 
 
-def _blobs(conn: sa.Connection, kind: LayerKind, reads: Sequence[Read]) -> Iterator[dict[str, Any]]:
+def _blobs(conn: sa.Connection, kind: LayerKind, reads: Sequence[Read], wanted: _Wanted) -> Iterator[dict[str, Any]]:
     """The chunks of a plan, one at a time, in the order of the primary key, which is that of the file."""
     order = (chunk.c.segment, chunk.c.kind, chunk.c.layer, chunk.c.position)
-    width = WINDOW_CHUNK_TOKENS if kind == LayerKind.WINDOW else CHUNK_TOKENS
-    # The bounds are those of the whole plan: a chunk between them that is not wanted costs one blob, not an answer.
+    positions: dict[int, list[int]] = {}
+    for segment_id, _, position in wanted:
+        positions.setdefault(segment_id, []).append(position)
+    # Where a branch has left a segment, the segment goes on: that part of it is another path's, and may be long.
+    left = {
+        read.segment: sa.or_(chunk.c.segment != read.segment, chunk.c.position <= max(positions[read.segment]))
+        for read, manifest, _ in wanted.values()
+        if read.end < manifest.end
+    }
     for first in range(0, len(reads), QUERY_SEGMENTS):
-        some = reads[first : first + QUERY_SEGMENTS]
+        some = [read.segment for read in reads[first : first + QUERY_SEGMENTS] if read.segment in positions]
+        if not some:
+            continue
         query = sa.select(chunk).where(
-            chunk.c.segment.in_([read.segment for read in some]),
+            chunk.c.segment.in_(some),
             chunk.c.kind == int(kind),
-            chunk.c.position > min(read.start for read in some) - width,
-            chunk.c.position < max(read.end for read in some),
+            chunk.c.position >= min(min(positions[each]) for each in some),
+            chunk.c.position <= max(max(positions[each]) for each in some),
+            *(left[each] for each in some if each in left),
         )
         for row in conn.execute(query.order_by(*order)):  # fetched one by one: only one blob is in memory
             yield dict(row._mapping)

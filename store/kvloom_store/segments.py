@@ -78,13 +78,17 @@ def provenance_of(conn: sa.Connection, provenance_id: int) -> Provenance:
 
 
 def cut(layers: tuple[LayerSpec, ...], start: int, end: int, keyframes: Sequence[int] = ()) -> Iterator[ChunkSpec]:
-    """How rows [start, end) and keyframes are cut into chunks: at multiples of CHUNK_TOKENS, and by runs of layers.
+    """How rows [start, end) and keyframes are cut into chunks: at multiples of so many tokens, and by runs of layers.
 
+    So many are CHUNK_TOKENS, and WINDOW_CHUNK_TOKENS for all rows of a model that has windows: it needs so few of them
+    that the rest of a chunk counts, in its global layers too, at every point where a branch left its path.
     As many layers of a kind share a chunk as fit CHUNK_BYTES: a short turn of a whole model is one row of the table.
     Codec and digests are still empty.
     """
     expanded = expand(layers)
-    for kind, width in ((LayerKind.ROWS, limits.CHUNK_TOKENS), (LayerKind.WINDOW, limits.WINDOW_CHUNK_TOKENS)):
+    windows = any(spec.kind == LayerKind.WINDOW for spec in layers)
+    width = limits.WINDOW_CHUNK_TOKENS if windows else limits.CHUNK_TOKENS
+    for kind in (LayerKind.ROWS, LayerKind.WINDOW):
         if any(spec.kind == kind for spec in layers):
             for position in range(start - start % width, end, width):
                 first, last = max(start, position), min(end, position + width)

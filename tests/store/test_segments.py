@@ -187,6 +187,47 @@ def test_a_delta_may_begin_inside_its_base(
         assert same(sources[number], found, at, at + 1)
 
 
+class Counting:
+    """A connection, and the bytes of the blobs that came out of it."""
+
+    def __init__(self, conn: sa.Connection) -> None:
+        self.conn = conn
+        self.bytes = 0
+
+    def execute(self, query: Any) -> Any:
+        for row in self.conn.execute(query):
+            self.bytes += len(row.blob)
+            yield row
+
+
+GEMMA = tuple(
+    LayerSpec(first + at, count, kind, (TensorSpec("keys", "float32", (1, 2), 1),), window)
+    for first in (0, 6)
+    for at, count, kind, window in ((0, 5, LayerKind.WINDOW, 512), (5, 1, LayerKind.ROWS, 0))
+)
+"""Twelve layers, five that see a window of 512 tokens to one that sees all, as Gemma 3 has them."""
+
+
+def test_windows_let_a_restore_read_a_fraction_wherever_a_branch_left_its_path(store: Store) -> None:
+    with store.database.write() as conn:
+        store.node = trie.extend(conn, store.root, [1, *range(8999)]).node
+    source = filled(GEMMA, 9000, 1)
+    trunk = store.write(source, 0, 8900)
+    draw = random.Random(3)
+    row = sum(spec.row_bytes * spec.count for spec in GEMMA)
+    # None: on the trunk itself. 7681 and 7713 are the worst places: the first row of a chunk of 256, and of 32.
+    for left in (None, 100, 7681, 7713, *(draw.randrange(7500, 8000) for _ in range(8))):
+        segment_id = trunk if left is None else store.write(filled(GEMMA, 9000, 2), left, 8900, trunk)
+        for position in (8000, 8001, 8191, 8192, 8193, *(draw.randrange(8000, 8900) for _ in range(20))):
+            with store.database.read() as conn:
+                links = restore.chain(conn, segment_id)
+                plan = restore.plan(links, position, GEMMA)
+                counting: Any = Counting(conn)
+                read = restore.load(counting, links, plan.rows, plan.windows, RowBuffer(GEMMA, position))
+            assert counting.bytes == read, "what is not wanted is not fetched either"
+            assert position * row / read >= 4.3, (left, position)
+
+
 def test_equal_content_on_the_same_base_is_stored_once(store: Store) -> None:
     source, other = filled(PLAIN, 300, 1), filled(PLAIN, 300, 1)
     first = store.write(source, 0, 100)
