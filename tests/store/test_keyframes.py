@@ -130,15 +130,15 @@ def test_a_keyframe_larger_than_a_chunk_is_cut_by_layers(store: Store) -> None:
 
 
 @given(layers=kinds(), start=st.integers(0, 1000), length=st.integers(1, 600))
-def test_windows_are_cut_at_multiples_of_64_and_every_row_is_there_once(
+def test_windows_are_cut_at_multiples_of_32_and_every_row_is_there_once(
     layers: tuple[LayerSpec, ...], start: int, length: int
 ) -> None:
     windows = [n for n, spec in enumerate(expand(layers)) if spec.kind == LayerKind.WINDOW]
     seen: list[tuple[int, int]] = []
     for spec in segments.cut(layers, start, start + length):
         if spec.kind == LayerKind.WINDOW:
-            assert 1 <= spec.tokens <= limits.WINDOW_CHUNK_TOKENS == 64
-            assert spec.position // 64 == (spec.position + spec.tokens - 1) // 64
+            assert 1 <= spec.tokens <= limits.WINDOW_CHUNK_TOKENS == 32
+            assert spec.position // 32 == (spec.position + spec.tokens - 1) // 32
             rows = range(spec.position, spec.position + spec.tokens)
             seen += [(layer, at) for layer in covered(expand(layers), spec) for at in rows]
     assert sorted(seen) == [(layer, at) for layer in windows for at in range(start, start + length)]
@@ -161,8 +161,8 @@ def test_only_the_chunks_that_are_needed_are_read(store: Store, position: int, c
     ]
     assert read == sum(spec.stored_length for spec in needed)
     if codec == "raw":
-        last = -(-position // 64) * 64
-        assert read == ROW * (min(640, -(-position // 256) * 256) + 2 * (last - first // 64 * 64))
+        last = -(-position // 32) * 32
+        assert read == ROW * (last + 2 * (last - first // 32 * 32))
 
 
 def test_of_a_keyframe_its_own_chunks_are_read_and_no_others(store: Store) -> None:
@@ -176,7 +176,7 @@ def test_nothing_is_read_that_is_in_memory_already(store: Store) -> None:
         links = restore.chain(conn, made)
         assert restore.load(conn, links, [], [], RowBuffer(MIXED, 640)) == 0
         last = restore.load(conn, links, [], [Read(made, 639, 640)], RowBuffer(MIXED, 640))
-    assert last == 2 * 64 * ROW
+    assert last == 2 * 32 * ROW
 
 
 # One or two
