@@ -138,14 +138,13 @@ class TransformersEngine:
         """
         start = live.length
         live.reserve(start + len(ids))
-        before = live.frame() if live.has_keyframes else None
+        live.remember()
         self._rope.reset()
         try:
             output = self._forward(live.cache, ids, start)
         except BaseException:
             live.truncate(start)
-            if before is not None:
-                live.put_frame(before if start else None, start)
+            live.recall()
             raise
         live.advance(len(ids))
         if live.length % self.keyframe_spacing == 0:

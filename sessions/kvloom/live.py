@@ -112,6 +112,8 @@ class LiveState:
         self.frame_at: int | None = 0
         self.frames: dict[int, Frame] = {}
         self.stored: set[int] = set()
+        self._before: dict[int, dict[str, torch.Tensor]] = {}
+        self._before_at: int | None = None
 
     def _allocate(self, capacity: int) -> None:
         self.capacity = -(-max(capacity, 1) // CAPACITY_STEP) * CAPACITY_STEP
@@ -251,6 +253,22 @@ class LiveState:
             spec.name: from_bits(np.array(array), spec.dtype)[None].to(self.device)  # a copy: passes write into it
             for spec, array in zip(self.specs[number].tensors, frame[number], strict=True)
         }
+
+    def remember(self) -> None:
+        """Copy the state that is overwritten in place, for ``recall``; into the same memory every time."""
+        self._before_at = self.frame_at
+        for number, held in self._overwritten.items():
+            kept, now = self._before.setdefault(number, {}), held.tensors()
+            for name, tensor in now.items():
+                if name not in kept:
+                    kept[name] = torch.empty_like(tensor)
+                kept[name].copy_(tensor)
+
+    def recall(self) -> None:
+        """Put back what was copied last: a pass was broken off in the middle."""
+        for number, held in self._overwritten.items():
+            held.put({name: tensor.clone() for name, tensor in self._before[number].items()} if self._before_at else {})
+        self.frame_at = self._before_at
 
     def keep_frame(self) -> None:
         """Copy the state that is overwritten in place, to be stored with the next segment; once a position."""
