@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,9 @@ def main(given: Sequence[str]) -> int:
         for failure in row["failures"][:5]:
             print(f"\n{row['kind']}: {failure}")
     if options.json:
-        options.json.write_text(json.dumps({"seed": options.seed, "kinds": rows}, indent=1) + "\n")
+        versions = {name: version(name) for name in ("transformers", "torch")}
+        found = {"seed": options.seed, "versions": versions, "kinds": rows}
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0 if rows and all(row["ok"] for row in rows) else 1
 
 
