@@ -9,7 +9,7 @@ import json
 import os
 import sys
 
-from benchmarks import first_token, fork, grid, tree
+from benchmarks import first_token, fork, grid, keyframes, shared_prompts, tree, windows
 
 
 def main() -> None:
@@ -18,9 +18,13 @@ def main() -> None:
         "fork": fork.run,
         "first_token": lambda: first_token.run(rounds=1 if quick else 3),
         "tree": lambda: tree.run(branches=2, exchanges=2) if quick else tree.run(),
+        "windows": lambda: windows.run(lengths=(2000,)) if quick else windows.run(),
+        "keyframes": lambda: keyframes.run(exchanges=4, points=20) if quick else keyframes.run(),
+        "shared_prompts": lambda: shared_prompts.run(prompts=6) if quick else shared_prompts.run(),
     }
     if not quick:
         parts["grid"] = grid.run
+        parts["spacings"] = keyframes.spacings
     results = {}
     for name, run in parts.items():
         print(f"measuring {name} ...", file=sys.stderr)
