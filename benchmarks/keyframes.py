@@ -204,6 +204,7 @@ def spacings() -> dict[str, Any]:
     for name, (model_type, settings) in WIDE.items():
         print(f"measuring {name} ...", file=sys.stderr)
         results[name] = _shape(model_type, settings, name)
+        print(json.dumps(results[name]), file=sys.stderr)  # minutes each: what is known is told at once
     return results
 
 
