@@ -138,6 +138,8 @@ class TransformersEngine:
         ``live.hidden`` is set to the final hidden state ``[1, 1, hidden_size]`` of the last token.
         """
         start = live.length
+        if not live.ready:
+            raise EngineError("the state is not there that this pass would go on from")
         live.reserve(start + len(ids))
         live.remember()
         self._rope.reset()

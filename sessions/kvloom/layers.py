@@ -82,12 +82,26 @@ class RowLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed
         return self.length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens; a negative count, as transformers passes it."""
-        self.show(max(0, self.length - abs(tokens_to_remove)))
+        """Forget the last tokens; a negative count, as transformers passes it.
+
+        Raises:
+            UnsupportedInput: what a pass sees there of a window was not read.
+        """
+        length = max(0, self.length - abs(tokens_to_remove))
+        if 0 < length < self.length and not self._state.sees(length):
+            raise UnsupportedInput(
+                f"this cache holds the rows of its windows from token {self._state.window_base} on",
+                hint=f"look {length} tokens up again instead of cutting the cache back to them",
+            )
+        if length:
+            self.show(length)
+        else:
+            self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
         self.show(0)
+        self._state.window_base = 0
 
 
 class IndexedLayer(RowLayer, DynamicIndexedLayer):  # type: ignore[misc]
@@ -135,6 +149,11 @@ class WindowLayer(RowLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
         self.record_past = False
         super().__init__(state, number)
 
+    @property
+    def window_base(self) -> int:
+        """From where on all rows are there that a pass sees."""
+        return self._state.window_base
+
     def show(self, length: int) -> None:
         self._seen(max(0, length - self.sliding_window + 1), length)
 
@@ -166,6 +185,15 @@ class MixedRowLayer(RowLayer, LinearAttentionAndFullAttentionLayer):  # type: ig
         LinearAttentionLayer.__init__(self, number_of_states=states)
         RowLayer.__init__(self, state, number)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens, if the states that are overwritten can be taken back: transformers says."""
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        RowLayer.crop(self, tokens_to_remove)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        RowLayer.reset(self)
+
 
 class MixedWindowLayer(WindowLayer, LinearAttentionAndSlidingWindowAttentionLayer):  # type: ignore[misc]
     """A window, and tensors overwritten in place, in one layer."""
@@ -173,6 +201,15 @@ class MixedWindowLayer(WindowLayer, LinearAttentionAndSlidingWindowAttentionLaye
     def __init__(self, state: LiveState, number: int, states: int) -> None:
         LinearAttentionLayer.__init__(self, number_of_states=states)
         WindowLayer.__init__(self, state, number)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens, if the states that are overwritten can be taken back: transformers says."""
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        WindowLayer.crop(self, tokens_to_remove)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        WindowLayer.reset(self)
 
 
 class Overwritten(Protocol):

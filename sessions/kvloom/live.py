@@ -75,7 +75,8 @@ class LiveState:
     captured yet. ``hidden`` is the final hidden state ``[1, 1, hidden_size]`` of the last position, from which the next
     token is chosen.
 
-    State that is overwritten in place stands at ``frame_at`` (None: nowhere; it must be brought back). ``frames`` are
+    Of windows only the rows are there that a pass at ``window_base``, or behind it, can see. State that is overwritten
+    in place stands at ``frame_at`` (None: nowhere; it must be brought back). ``frames`` are
     copies of it by position, ``stored`` the positions whose copies are in segments of the chain already.
     """
 
@@ -106,6 +107,7 @@ class LiveState:
         self._overwritten: dict[int, Overwritten]
         self._row_layers, self._overwritten = attach(self.cache, like, self)
         self._count = 0
+        self._windowed = any(spec.kind == LayerKind.WINDOW for spec in self.specs)
         self.chain: list[Link] = []
         self.hidden: torch.Tensor | None = None
         self.window_base = 0
@@ -160,8 +162,12 @@ class LiveState:
 
     @property
     def ready(self) -> bool:
-        """Whether a pass may go on from here: all state stands at the same position."""
-        return not self._overwritten or self.frame_at == self.length
+        """Whether a pass may go on from here: all state stands at the same position, and what it sees is there."""
+        return self.sees(self.length) and (not self._overwritten or self.frame_at == self.length)
+
+    def sees(self, position: int) -> bool:
+        """Whether the rows of windows are there that a pass at a position sees."""
+        return not self._windowed or self.window_base <= position
 
     def reserve(self, tokens: int) -> None:
         """Make room for so many tokens; what is held is copied if the buffers must grow."""

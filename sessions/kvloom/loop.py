@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from kvloom.errors import UnsupportedInput
-from kvloom.layers import RowLayer, StateList, row_tensors, states_of
+from kvloom.layers import RowLayer, StateList, WindowLayer, row_tensors, states_of
 from kvloom.live import Link, LiveState, to_bits
 from kvloom.resume import Resumer
 from kvloom_proto.records import STORED_BY_ROW, LayerKind, Schedule
@@ -82,6 +82,7 @@ def _live_of(loom: KVLoom, cache: Any, tokens: int) -> LiveState:
     if lengths:
         raise UnsupportedInput("the layers of the cache do not hold the same number of tokens")
     live.reserve(length)
+    live.window_base = max((h.window_base for _, h in held if isinstance(h, WindowLayer)), default=0)
     frame: dict[int, list[Rows]] = {}
     for number, (kind, holder) in enumerate(held):
         if kind == LayerKind.KEYFRAME:
@@ -96,7 +97,10 @@ def _live_of(loom: KVLoom, cache: Any, tokens: int) -> LiveState:
 
 
 def _take_rows(live: LiveState, number: int, layer: Any, length: int) -> None:
-    """Copy one layer's rows [0, length), of windows too: those that are not seen any more are stored as well."""
+    """Copy one layer's rows [0, length), of windows too: those that are not seen any more are stored as well.
+
+    Of a cache that was looked up, those before its ``window_base`` may be missing; ``_share_prefix`` leaves them alone.
+    """
     rows = layer.all_rows(length) if isinstance(layer, RowLayer) else row_tensors(layer)
     for name, spec, target in zip(rows, live.specs[number].tensors, live.tensors[number], strict=False):
         source, axis = rows[name], 1 + spec.token_axis
@@ -118,14 +122,33 @@ def _share_prefix(loom: KVLoom, resumer: Resumer, live: LiveState, ids: Sequence
     """Stand on the longest stored prefix, as far as the cache begins with its very bits.
 
     What is overwritten in place cannot be compared at a point that is past: it is stored at the end, and there only.
+
+    Raises:
+        UnsupportedInput: the cache lacks rows of its windows, and those it was made from are not stored any more.
     """
     stored, _ = resumer.resume(ids, None, room=0, logits=False, whole=True)
     same = stored.length
+    if same == live.length and not _same_frames(stored, live):
+        same -= 1  # so that the last token, and with it the keyframe, is stored beside the other
     for spec, held, own in zip(live.specs, stored.tensors, live.tensors, strict=True):
+        first = max(0, live.window_base - spec.window + 1) if spec.kind == LayerKind.WINDOW else 0
         for tensor, a, b in zip(spec.tensors, held, own, strict=False):
-            axis = 1 + tensor.token_axis
-            same = min(same, _same_rows(a.narrow(axis, 0, same), b.narrow(axis, 0, same), axis))
+            if same > first:
+                axis, count = 1 + tensor.token_axis, same - first
+                same = first + _same_rows(a.narrow(axis, first, count), b.narrow(axis, first, count), axis)
+    if not live.sees(same):
+        raise UnsupportedInput(
+            f"the cache holds the rows of its windows from token {live.window_base} on, and begins otherwise than "
+            "what is stored",
+            hint="look the tokens up again, and run what is new on that cache",
+        )
     live.chain = [Link(k.handle, k.start, min(k.end, same)) for k in stored.chain if k.start < same]
+
+
+def _same_frames(a: LiveState, b: LiveState) -> bool:
+    """Whether what is overwritten in place has the same bits."""
+    mine, theirs = a.frame(), b.frame()
+    return all(x.tobytes() == y.tobytes() for number in mine for x, y in zip(mine[number], theirs[number], strict=True))
 
 
 def _same_rows(a: torch.Tensor, b: torch.Tensor, axis: int) -> int:

@@ -324,6 +324,11 @@ class Resumer:
             plan = restore.plan(links, upto, live.layers, in_memory=here, grid=KEYFRAME_SPACING)
             live.reserve(upto)
             self._read(live, conn, links, plan, kept, account)
+            # Only what this chain holds counts: another branch that left the path here keeps a keyframe of its own.
+            last = next(
+                (link.manifest.keyframes for link in links if plan.rows and link.id == plan.rows[-1].segment), []
+            )
+            live.stored = {upto} & set(last)
             with_state = {s.segment: s.row for s in turns.states_with_segments(conn, [r.segment for r in plan.rows])}
             ids = trie.tokens_before(conn, links[-1].node, links[-1].end) if plan.replay else []
             threads = {step.provenance: segments.provenance_of(conn, step.provenance).threads for step in plan.replay}
@@ -351,11 +356,10 @@ class Resumer:
     ) -> None:
         """Read the rows and the keyframe of a plan, of which ``kept`` rows are in place."""
         rows = [restore.Read(r.segment, max(r.start, kept), r.end) for r in plan.rows if r.end > kept]
-        windows = list(plan.rows if account.whole and plan.windows else plan.windows)
-        if live.window_base <= plan.base <= kept:  # the rows of windows are there as far as all others are
-            windows = [restore.Read(r.segment, max(r.start, kept), r.end) for r in windows if r.end > kept]
-        elif windows:
-            live.window_base = 0 if account.whole else plan.base
+        windows, base = (plan.rows, 0) if account.whole else (plan.windows, plan.base)
+        if live.window_base <= base <= kept:  # the rows of windows are there as far as all others are
+            windows = tuple(restore.Read(r.segment, max(r.start, kept), r.end) for r in windows if r.end > kept)
+            base = live.window_base
         if isinstance(live.source, RowBuffer):
             _count(account, rows, windows, restore.load(conn, links, rows, windows, live.source))
         elif rows or windows:
@@ -365,6 +369,7 @@ class Resumer:
                 if reads:
                     live.take(staging, kind, reads[0].start, reads[-1].end)
         live.show(plan.position)
+        live.window_base = base  # only now: if reading fails, or is stopped, what is in sight here is still missing
         if plan.keyframe is None:
             return
         account.keyframe = at = plan.keyframe.position
@@ -373,7 +378,6 @@ class Resumer:
             account.bytes_read += size
             live.put_frame(frame, at)
             live.frames[at] = frame
-            live.stored.add(at)
         elif live.frame_at != at:
             live.put_frame(live.frames.get(at), at)
 
