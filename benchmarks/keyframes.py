@@ -37,7 +37,7 @@ RESTORES = (0.5, 1, 2)
 @dataclass(frozen=True, slots=True)
 class Held:
     """A stored conversation: its path, where turns begin, where its keyframes are, the bytes of a keyframe and of
-    a token's rows, and what ``restore.plan`` runs again to bring each position back."""
+    a token's rows, and what ``planner.plan`` runs again to bring each position back."""
 
     path: Path
     turns: list[int]
@@ -65,14 +65,14 @@ def converse(loom: KVLoom, exchanges: int, seed: int = 0) -> None:
 def held(loom: KVLoom) -> Held:
     """What is stored of it."""
     from kvloom_proto.records import LayerKind, expand
-    from kvloom_store import restore
+    from kvloom_store import planner, restore
 
     path = path_of(loom, "talk")
     assert path.tip.segment is not None
     with loom.database.read() as conn:
         links = restore.chain(conn, path.tip.segment)
     layers = loom.engine.layers
-    plans = [restore.plan(links, at, layers) for at in range(1, len(path.ids) + 1)]
+    plans = [planner.plan(links, at, layers) for at in range(1, len(path.ids) + 1)]
     state = [0, 0]
     for spec in expand(layers):
         state[spec.kind == LayerKind.KEYFRAME] += spec.row_bytes

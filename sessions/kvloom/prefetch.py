@@ -10,10 +10,10 @@ import threading
 
 from kvloom_proto.errors import KVLoomError
 from kvloom_proto.records import LayerSpec
-from kvloom_store import refs, restore, turns
+from kvloom_store import planner, refs, restore, turns
 from kvloom_store.database import Database
 from kvloom_store.names import Ref
-from kvloom_store.restore import Plan
+from kvloom_store.planner import Plan
 from kvloom_store.rows import RowBuffer
 from kvloom_store.turns import TurnState
 
@@ -57,7 +57,7 @@ class Prefetch:
             segment, end = found
             links = restore.chain(conn, segment)
             layers = links[-1].manifest.layers
-            self.plan = restore.plan(links, end, layers)
+            self.plan = planner.plan(links, end, layers)
             buffer = RowBuffer(layers, end + ROOM)
             self.bytes_read = restore.load(conn, links, self.plan.rows, self.plan.windows, buffer)
         self._buffer = buffer

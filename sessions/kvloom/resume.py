@@ -22,9 +22,9 @@ from kvloom.live import TORCH_DTYPES, Link, LiveState
 from kvloom.passes import KEYFRAME_SPACING
 from kvloom.prefetch import Prefetch
 from kvloom_proto.records import LayerKind, Schedule
-from kvloom_store import healing, held, restore, segments, trie, turns
+from kvloom_store import healing, held, planner, restore, segments, trie, turns
 from kvloom_store.database import Database
-from kvloom_store.restore import StateDamaged
+from kvloom_store.planner import StateDamaged
 from kvloom_store.rows import Captured, RowBuffer
 from kvloom_store.turns import TurnState
 from kvloom_store.writer import Handle, Job, Writer
@@ -316,12 +316,12 @@ class Resumer:
         """Let ``live`` hold a segment's chain up to ``upto``: read what is not in memory already, run what must be."""
         with self.database.read() as conn:
             links = restore.chain(conn, segment)
-            kept = _common(live, restore.reads_of(links, upto))
+            kept = _common(live, planner.reads_of(links, upto))
             live.truncate(kept)
             # Only a copy of this very point: one further back may have been made by a pass cut there, and the recorded
             # passes do not go on from it.
             here = upto in live.frames or live.frame_at == upto
-            plan = restore.plan(links, upto, live.layers, in_memory=here, grid=KEYFRAME_SPACING)
+            plan = planner.plan(links, upto, live.layers, in_memory=here, grid=KEYFRAME_SPACING)
             live.reserve(upto)
             self._read(live, conn, links, plan, kept, account)
             # Only what this chain holds counts: another branch that left the path here keeps a keyframe of its own.
@@ -349,16 +349,16 @@ class Resumer:
     def _read(
         live: LiveState,
         conn: sa.Connection,
-        links: list[restore.Link],
-        plan: restore.Plan,
+        links: list[planner.Link],
+        plan: planner.Plan,
         kept: int,
         account: Account,
     ) -> None:
         """Read the rows and the keyframe of a plan, of which ``kept`` rows are in place."""
-        rows = [restore.Read(r.segment, max(r.start, kept), r.end) for r in plan.rows if r.end > kept]
+        rows = [planner.Read(r.segment, max(r.start, kept), r.end) for r in plan.rows if r.end > kept]
         windows, base = (plan.rows, 0) if account.whole else (plan.windows, plan.base)
         if live.window_base <= base <= kept:  # the rows of windows are there as far as all others are
-            windows = tuple(restore.Read(r.segment, max(r.start, kept), r.end) for r in windows if r.end > kept)
+            windows = tuple(planner.Read(r.segment, max(r.start, kept), r.end) for r in windows if r.end > kept)
             base = live.window_base
         if isinstance(live.source, RowBuffer):
             _count(account, rows, windows, restore.load(conn, links, rows, windows, live.source))
@@ -425,7 +425,7 @@ class Resumer:
         return None
 
 
-def _count(account: Account, rows: Sequence[restore.Read], windows: Sequence[restore.Read], size: int) -> None:
+def _count(account: Account, rows: Sequence[planner.Read], windows: Sequence[planner.Read], size: int) -> None:
     account.rows += sum(read.end - read.start for read in rows)
     account.window_rows += sum(read.end - read.start for read in windows)
     account.bytes_read += size
@@ -436,7 +436,7 @@ def _holds(live: LiveState, state: TurnState, upto: int) -> bool:
     return here and live.ready
 
 
-def _common(live: LiveState, reads: Sequence[restore.Read]) -> int:
+def _common(live: LiveState, reads: Sequence[planner.Read]) -> int:
     """How many leading rows in memory belong to the same segments as those of a plan."""
     kept = 0
     for link, read in zip(live.chain, reads, strict=False):

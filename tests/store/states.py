@@ -21,9 +21,9 @@ from kvloom_proto.records import (
     expand,
     read_manifest,
 )
-from kvloom_store import healing, restore, roots, segments, trie
+from kvloom_store import healing, planner, restore, roots, segments, trie
 from kvloom_store.database import Database
-from kvloom_store.restore import Keyframe
+from kvloom_store.planner import Keyframe
 from kvloom_store.rows import Captured, Frame, RowBuffer, element_type
 from kvloom_store.schema import chunk, segment
 
@@ -118,7 +118,7 @@ class Store:
         sink = RowBuffer(layers, max(position, 1))
         with self.database.read() as conn:
             links = restore.chain(conn, segment_id)
-            plan = restore.plan(links, position, layers, in_memory=True)
+            plan = planner.plan(links, position, layers, in_memory=True)
             return sink, restore.load(conn, links, plan.rows, plan.windows, sink)
 
     def frame(self, segment_id: int, position: int) -> tuple[Frame, int]:

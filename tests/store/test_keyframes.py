@@ -31,7 +31,7 @@ from kvloom_proto.records import (
 )
 from kvloom_store import restore, segments
 from kvloom_store.checksum import digest
-from kvloom_store.restore import Read
+from kvloom_store.planner import Read
 from kvloom_store.rows import RowBuffer
 from kvloom_store.schema import chunk
 

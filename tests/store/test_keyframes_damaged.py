@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from states import MIXED, Store, at, filled, same_frame
 
 from kvloom_proto.records import LayerKind
-from kvloom_store.restore import StateDamaged
+from kvloom_store.planner import StateDamaged
 from kvloom_store.schema import chunk, segment
 
 

@@ -25,8 +25,8 @@ from kvloom_proto.records import (
     TensorSpec,
     pack,
 )
-from kvloom_store import restore, segments
-from kvloom_store.restore import Keyframe, Link, Plan, Read, StateDamaged, Step
+from kvloom_store import planner, segments
+from kvloom_store.planner import Keyframe, Link, Plan, Read, StateDamaged, Step
 
 TENSOR = TensorSpec("keys", "bfloat16", (1,), 0)
 GRID = 7
@@ -86,7 +86,7 @@ class Case:
         return min((other.start for other in self.chain[made.id + 1 :]), default=1 << 30)
 
     def plan(self, **options: object) -> Plan:
-        return restore.plan(self.links, self.position, self.layers, grid=GRID, **options)  # type: ignore[arg-type]
+        return planner.plan(self.links, self.position, self.layers, grid=GRID, **options)  # type: ignore[arg-type]
 
 
 @st.composite
@@ -202,15 +202,15 @@ def test_models_that_overwrite_nothing_never_replay(case: Case) -> None:
 @given(case=cases(), data=st.data())
 def test_a_plan_depends_on_nothing_but_what_it_is_given(case: Case, data: st.DataObject) -> None:
     links = case.links
-    once = restore.plan(links, case.position, case.layers, grid=GRID)
-    restore.plan(links, data.draw(st.integers(0, case.chain[-1].end)), case.layers, in_memory=True)
-    assert restore.plan(links, case.position, case.layers, grid=GRID) == once
+    once = planner.plan(links, case.position, case.layers, grid=GRID)
+    planner.plan(links, data.draw(st.integers(0, case.chain[-1].end)), case.layers, in_memory=True)
+    assert planner.plan(links, case.position, case.layers, grid=GRID) == once
 
 
 @given(case=cases(), beyond=st.integers(1, 500))
 def test_a_position_nobody_holds_is_refused(case: Case, beyond: int) -> None:
     with pytest.raises(StateDamaged):
-        restore.plan(case.links, case.chain[-1].end + beyond, case.layers)
+        planner.plan(case.links, case.chain[-1].end + beyond, case.layers)
 
 
 # The oracle itself: plans that are a little wrong must not please it.

@@ -32,9 +32,9 @@ from kvloom_proto.records import (
     read_manifest,
     read_schedule,
 )
-from kvloom_store import codec, healing, restore, roots, segments, trie
+from kvloom_store import codec, healing, planner, restore, roots, segments, trie
 from kvloom_store.database import Database
-from kvloom_store.restore import Link, Read, StateDamaged
+from kvloom_store.planner import Link, Read, StateDamaged
 from kvloom_store.rows import Captured, RowBuffer
 from kvloom_store.schema import chunk, segment
 
@@ -106,7 +106,7 @@ class Store:
         sink = RowBuffer(layers, max(upto, 1))
         with self.database.read() as conn:
             links = restore.chain(conn, segment_id)
-            plan = restore.plan(links, upto, layers)
+            plan = planner.plan(links, upto, layers)
             restore.load(conn, links, plan.rows, plan.windows, sink)
         return sink
 
@@ -221,7 +221,7 @@ def test_windows_let_a_restore_read_a_fraction_wherever_a_branch_left_its_path(s
         for position in (8000, 8001, 8191, 8192, 8193, *(draw.randrange(8000, 8900) for _ in range(20))):
             with store.database.read() as conn:
                 links = restore.chain(conn, segment_id)
-                plan = restore.plan(links, position, GEMMA)
+                plan = planner.plan(links, position, GEMMA)
                 counting: Any = Counting(conn)
                 read = restore.load(counting, links, plan.rows, plan.windows, RowBuffer(GEMMA, position))
             assert counting.bytes == read, "what is not wanted is not fetched either"
@@ -279,24 +279,24 @@ def link(number: int, start: int, end: int) -> Link:
 
 def test_a_plan_takes_each_segment_up_to_where_the_next_one_begins() -> None:
     links = [link(1, 0, 100), link(2, 80, 150), link(3, 150, 170)]
-    assert restore.reads_of(links, 170) == [Read(1, 0, 80), Read(2, 80, 150), Read(3, 150, 170)]
-    assert restore.reads_of(links, 151) == [Read(1, 0, 80), Read(2, 80, 150), Read(3, 150, 151)]
-    assert restore.reads_of(links, 150) == [Read(1, 0, 80), Read(2, 80, 150)]
-    assert restore.reads_of(links, 81) == [Read(1, 0, 80), Read(2, 80, 81)]
-    assert restore.reads_of(links, 80) == [Read(1, 0, 80)]
-    assert restore.reads_of(links, 1) == [Read(1, 0, 1)]
-    assert restore.reads_of(links, 0) == []
+    assert planner.reads_of(links, 170) == [Read(1, 0, 80), Read(2, 80, 150), Read(3, 150, 170)]
+    assert planner.reads_of(links, 151) == [Read(1, 0, 80), Read(2, 80, 150), Read(3, 150, 151)]
+    assert planner.reads_of(links, 150) == [Read(1, 0, 80), Read(2, 80, 150)]
+    assert planner.reads_of(links, 81) == [Read(1, 0, 80), Read(2, 80, 81)]
+    assert planner.reads_of(links, 80) == [Read(1, 0, 80)]
+    assert planner.reads_of(links, 1) == [Read(1, 0, 1)]
+    assert planner.reads_of(links, 0) == []
 
 
 @pytest.mark.parametrize("position", [171, 4096])
 def test_a_plan_beyond_what_is_held_is_refused(position: int) -> None:
     with pytest.raises(StateDamaged):
-        restore.reads_of([link(1, 0, 100), link(2, 80, 170)], position)
+        planner.reads_of([link(1, 0, 100), link(2, 80, 170)], position)
 
 
 def test_a_plan_over_a_hole_is_refused() -> None:
     with pytest.raises(StateDamaged):
-        restore.reads_of([link(1, 0, 100), link(2, 120, 170)], 170)
+        planner.reads_of([link(1, 0, 100), link(2, 120, 170)], 170)
 
 
 @given(data=st.data())
@@ -306,7 +306,7 @@ def test_a_plan_covers_every_row_exactly_once(data: st.DataObject) -> None:
         start = 0 if not links else data.draw(st.integers(links[-1].start + 1, links[-1].end))
         links.append(link(number, start, start + data.draw(st.integers(1, 50))))
     position = data.draw(st.integers(0, links[-1].end))
-    reads = restore.reads_of(links, position)
+    reads = planner.reads_of(links, position)
     assert [at for read in reads for at in range(read.start, read.end)] == list(range(position))
     for read in reads:
         assert links[read.segment].start <= read.start < read.end <= links[read.segment].end
