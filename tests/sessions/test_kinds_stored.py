@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tiny_configs import RESTARTING
 
 import kvloom.passes
 from kvloom.engine import Cancelled
+from kvloom.errors import EngineError
 from kvloom.live import LiveState, _DeviceRows
 from kvloom.loom import KVLoom
 from kvloom_proto.records import STORED_BY_ROW, LayerKind
@@ -267,6 +269,23 @@ def test_a_stop_while_state_is_brought_forward_costs_nothing_but_the_time(
         loom.flush()
         expected = live_digests(loom)
         assert digests(loom, main) == expected
+
+
+@pytest.mark.parametrize("kind", ["llama", "mamba2", "minimax"])
+def test_state_of_another_layout_is_refused_and_not_taken_for_this_ones(store_path: Path, kind: str) -> None:
+    """Two tensors of a size could change places from one version of transformers to the next."""
+    with opened(store_path, kind) as loom:
+        talk(loom)
+    with opened(store_path, kind) as loom:
+        specs = loom.engine.layers
+        loom.engine.layers = tuple(
+            replace(spec, tensors=tuple(replace(tensor, name=f"{tensor.name}s") for tensor in spec.tensors))
+            for spec in specs
+        )
+        with pytest.raises(EngineError, match="another layout"):
+            third(loom)
+    with opened(store_path, kind) as loom:
+        assert third(loom)
 
 
 # State that is not in the machine's own memory
