@@ -316,6 +316,11 @@ class Resumer:
         """Let ``live`` hold a segment's chain up to ``upto``: read what is not in memory already, run what must be."""
         with self.database.read() as conn:
             links = restore.chain(conn, segment)
+            if links[-1].manifest.layers != live.layers:  # what it stands on was checked when it was made
+                raise EngineError(
+                    "this state was stored in another layout than the one this version of transformers keeps it in",
+                    hint="use the version it was stored with, or say it again with --no-reuse in a new session",
+                )
             kept = _common(live, planner.reads_of(links, upto))
             live.truncate(kept)
             # Only a copy of this very point: one further back may have been made by a pass cut there, and the recorded

@@ -17,6 +17,7 @@ from kvloom.live import LiveState
 from kvloom_proto.records import STORED_BY_ROW, expand
 from kvloom_store import restore
 from kvloom_store.database import Database
+from kvloom_store.rows import Captured
 
 Loaded = Callable[[list[int], Any, int], None]
 """Does something to the memory rows were loaded into: the layers that have rows, the memory, where the rows end."""
@@ -129,13 +130,14 @@ def test_a_keyframe_one_token_late_fails_the_trials_and_the_referee(
 ) -> None:
     """Stored under the position before the one it was taken at."""
 
-    def keep(live: LiveState) -> None:
-        at = live.frame_at
-        if at and at == live.length:
-            live.frames.setdefault(at - 1, live.frame())
+    sound = LiveState.take_captured
+
+    def late(live: LiveState) -> Captured:
+        start, captured = live.captured, sound(live)
+        return Captured(captured.rows, {max(at - 1, start): frame for at, frame in captured.frames.items()})
 
     with monkeypatch.context() as broken:
-        broken.setattr(LiveState, "keep_frame", keep)
+        broken.setattr(LiveState, "take_captured", late)
         scenario = conversation(tmp_path, kind)
     assert "L0" in restored(tmp_path, scenario)
     database = Database(tmp_path / "s.db")

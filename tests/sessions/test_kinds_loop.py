@@ -19,6 +19,7 @@ import kvloom.passes
 from kvloom.errors import UnsupportedInput
 from kvloom.layers import StateList, states_of
 from kvloom.live import to_bits
+from kvloom.resume import Account
 from kvloom_proto.records import LayerKind
 
 MIDDLE = "And who said it would be so, had you been there with them to see it?"
@@ -153,8 +154,6 @@ def test_rows_of_a_window_that_were_not_read_are_never_stored_as_if_they_had_bee
             resumer.forget()
             fresh = resumer._live(end + 1)
             # Through the captured segment's own chain, whatever else holds these tokens.
-            from kvloom.resume import Account
-
             resumer._load(fresh, last, end, Account())
             assert kept(fresh.cache) == rows
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from tiny_configs import RESTARTING
 
 import kvloom.passes
 from kvloom.engine import Cancelled
+from kvloom.errors import EngineError
+from kvloom.live import LiveState, _DeviceRows
 from kvloom.loom import KVLoom
-from kvloom_proto.records import LayerKind
+from kvloom_proto.records import STORED_BY_ROW, LayerKind
 from kvloom_store import restore
 from kvloom_store.schema import chunk
 
@@ -266,3 +269,50 @@ def test_a_stop_while_state_is_brought_forward_costs_nothing_but_the_time(
         loom.flush()
         expected = live_digests(loom)
         assert digests(loom, main) == expected
+
+
+@pytest.mark.parametrize("kind", ["llama", "mamba2", "minimax"])
+def test_state_of_another_layout_is_refused_and_not_taken_for_this_ones(store_path: Path, kind: str) -> None:
+    """Two tensors of a size could change places from one version of transformers to the next."""
+    with opened(store_path, kind) as loom:
+        talk(loom)
+    with opened(store_path, kind) as loom:
+        specs = loom.engine.layers
+        loom.engine.layers = tuple(
+            replace(spec, tensors=tuple(replace(tensor, name=f"{tensor.name}s") for tensor in spec.tensors))
+            for spec in specs
+        )
+        with pytest.raises(EngineError, match="another layout"):
+            third(loom)
+    with opened(store_path, kind) as loom:
+        assert third(loom)
+
+
+# State that is not in the machine's own memory
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "deepseek_v32", "falcon_h1", "minimax"])
+def test_state_on_a_device_of_its_own_is_stored_and_read_with_the_same_bits(
+    store_path: Path, undamaged: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """There is no such device here: tensors that no buffer holds stand in for those of one."""
+
+    def allocate(live: LiveState, capacity: int) -> None:
+        live.capacity = -(-max(capacity, 1) // 64) * 64
+        live.tensors = [
+            [live._empty(tensor) for tensor in spec.tensors] if spec.kind in STORED_BY_ROW else []
+            for spec in live.specs
+        ]
+        live.source = _DeviceRows(live.tensors, live.specs)
+
+    expected = undamaged(kind)
+    monkeypatch.setattr(LiveState, "_allocate", allocate)
+    with opened(store_path, kind) as loom:
+        talk(loom)
+        loom.flush()
+        loom.resumer.forget()
+        assert third(loom) == expected
+    with opened(store_path, kind) as loom:
+        early = loom.find("talk").checkout("main:30")
+        early.continue_reply(max_tokens=2).reply  # noqa: B018
+        assert digests(loom, loom.find("talk").branch("main")) == expected[1]
