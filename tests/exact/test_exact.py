@@ -298,8 +298,8 @@ def test_a_restore_path_that_is_wrong_fails_the_trials_themselves(
     after.loom.resumer.forget()
     sink = restore.load
 
-    def load(conn: Any, links: Any, reads: Any, buffer: Any) -> int:
-        read = sink(conn, links, reads, buffer)
+    def load(conn: Any, links: Any, reads: Any, windows: Any, buffer: Any) -> int:
+        read = sink(conn, links, reads, windows, buffer)
         for number in range(2):
             keys = buffer.tensors[number][0]
             if mutant == "row shifted":
