@@ -26,7 +26,7 @@ from kvloom.live import LiveState
 from kvloom.probe import Probe
 from kvloom.rope import LengthDependentRope
 from kvloom.sampling import SamplingSettings, choose
-from kvloom_proto.records import LayerKind, LayerSpec, Provenance, Schedule
+from kvloom_proto.records import LayerSpec, Provenance, Schedule
 from kvloom_store.rows import RowBuffer
 
 Progress = Callable[[int, int], None]
@@ -50,17 +50,17 @@ class TransformersEngine:
         tokenizer: PreTrainedTokenizerBase,
         *,
         name: str | None = None,
-        keyframe_spacing: int | None = None,
+        keyframe_spacing: int = passes.KEYFRAME_SPACING,
     ) -> None:
         """Take a model the caller holds; it is checked with a few passes over a few tokens.
 
         ``keyframe_spacing``: state that is overwritten in place is copied at least every so many tokens, which is
-        what a restore at any token may have to run again (default: ``passes.default_spacing``).
+        what a restore at any token may have to run again.
 
         Raises:
             UnsupportedModel: it keeps state that this version cannot capture exactly.
         """
-        if keyframe_spacing is not None and not 16 <= keyframe_spacing <= 1 << 20:
+        if not 16 <= keyframe_spacing <= 1 << 20:
             raise EngineError(f"a keyframe spacing of {keyframe_spacing} tokens makes no sense", hint="try 256")
         support.check_model(model)
         self.model = model.eval()
@@ -72,6 +72,7 @@ class TransformersEngine:
         self.context_limit = support.context_limit(self.config)
         self.vocab_size = int(self.config.vocab_size)
         self.eos_ids = _eos_ids(model, tokenizer)
+        self.keyframe_spacing = keyframe_spacing
         self._cache_argument = support.cache_argument(model) or ""
         self._takes_position_ids = support.takes(model, "position_ids")
         self._takes_logits_to_keep = support.takes(model, "logits_to_keep")
@@ -82,8 +83,6 @@ class TransformersEngine:
         self._rope = LengthDependentRope(model)
         self._probe = Probe(model, self._forward)
         self.layers: tuple[LayerSpec, ...] = self._probe.layers
-        frame = sum(spec.row_bytes * spec.count for spec in self.layers if spec.kind == LayerKind.KEYFRAME)
-        self.keyframe_spacing = keyframe_spacing or passes.default_spacing(frame)
         self._check_hidden()
         # The tokenizer's digest costs 30 ms; it is made again only if tokens were added to it.
         self._tokenizer_length: int = len(tokenizer)

@@ -7,7 +7,6 @@ where keyframes are due.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 from kvloom_proto.records import Pass, Schedule
@@ -17,26 +16,13 @@ GRID = 1024
 about 10 % (benchmarks/NOTES.md); a smaller grid would share more, a larger one would hold Ctrl-C up for longer."""
 
 KEYFRAME_SPACING = 256
-"""The least default of the spacing of keyframes, in tokens (``default_spacing``)."""
+"""How many tokens apart, at most, copies are kept of state that is overwritten in place (recurrent, SSM, convolution).
 
-_MOST = 2048
-_SECONDS_A_BYTE = 1 / 0.3e9
-_SECONDS_A_TOKEN = 0.01
-_PATH_TOKENS = 4096
-
-
-def default_spacing(keyframe_bytes: int) -> int:
-    """How many tokens apart copies are kept of state that is overwritten in place (recurrent, SSM, convolution).
-
-    A keyframe of K bytes every s tokens of a path of n costs n K / s bytes to write; a restore at any of its tokens
-    runs s / 2 of them again on average, t seconds each. With w seconds a byte written and one such restore a path, the
-    sum n K w / s + t s / 2 is least at s = sqrt(2 w K n / t): Young's interval for checkpoints (J. W. Young, A first
-    order approximation to the optimum checkpoint interval, 1974). With n = 4,096 tokens, t = 10 ms and 0.3 GB/s
-    (benchmarks/NOTES.md), to the nearest power of two from 256 to 2,048. It depends on the model alone, so that every
-    machine cuts its passes alike.
-    """
-    best = math.sqrt(2 * _SECONDS_A_BYTE * keyframe_bytes * _PATH_TOKENS / _SECONDS_A_TOKEN)
-    return int(min(max(2 ** round(math.log2(max(best, 1))), KEYFRAME_SPACING), _MOST))
+A keyframe of K bytes every s tokens of a path of n costs n K / s bytes to write; a restore at any of its tokens runs
+s / 2 of them again on average, t seconds each. With w seconds a byte written and p such restores a path, the sum
+n K w / s + p t s / 2 is least at s = sqrt(2 w K n / (p t)): Young's interval for checkpoints (J. W. Young, A first
+order approximation to the optimum checkpoint interval, 1974). K and t both grow with the number of layers, so s depends
+little on a model's size: 98 to 334 were measured (n = 4,096, p from 0.5 to 2; benchmarks/NOTES.md)."""
 
 
 def grid_passes(start: int, end: int, *, keyframes: int = 0, one_by_one: bool = False) -> Iterator[tuple[int, int]]:
