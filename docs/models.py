@@ -35,7 +35,7 @@ import kvloom
 from kvloom import support
 from kvloom.errors import KVLoomError
 from kvloom.layers import StateList
-from kvloom.passes import default_spacing
+from kvloom.passes import KEYFRAME_SPACING
 from kvloom.probe import Probe
 from kvloom_proto.records import STORED_BY_ROW, LayerKind, LayerSpec
 
@@ -125,7 +125,7 @@ def table(cells: Mapping[str, Sequence[str]]) -> str:
         found = examined(kind)
         per_token, frame = ([size(found.layers[d]) for d in DTYPES] for size in (token_bytes, keyframe_bytes))
         figures = [" / ".join(f"{value:,}" for value in both) if any(both) else "0" for both in (per_token, frame)]
-        bound = str(default_spacing(max(frame)) if any(frame) else 0)
+        bound = str(KEYFRAME_SPACING if any(frame) else 0)
         fed = "single tokens" if found.singly else "passes"
         about = [f"`{kind}`", found.architecture, states(found.layers[DTYPES[0]]), fed, *figures, bound]
         rows.append([*about, *cells[kind]])
@@ -168,14 +168,13 @@ def shapes_of(config: Any) -> tuple[LayerSpec, ...]:
 def size_table(configs: Mapping[str, Any]) -> str:
     """What models of these configs keep."""
     head = ["model", "layers", "layer states", "bytes per token", "keyframe bytes"]
-    head += ["keyframe every", "bytes per token with keyframes"]
+    head += [f"bytes per token with a keyframe every {KEYFRAME_SPACING}"]
     rows = []
     for name, config in configs.items():
         layers = shapes_of(config)
         count = config.get_text_config(decoder=True).num_hidden_layers
         per_token, frame = token_bytes(layers), keyframe_bytes(layers)
-        spacing = default_spacing(frame) if frame else 0
-        figures = [per_token, frame, spacing, per_token + (frame // spacing if spacing else 0)]
+        figures = [per_token, frame, per_token + frame // KEYFRAME_SPACING]
         rows.append([f"`{name}`", str(count), states(layers), *(f"{figure:,}" for figure in figures)])
     return markdown(head, rows)
 

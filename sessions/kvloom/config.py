@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kvloom.errors import SessionError
 
-DEFAULTS = {"model": "smollm2", "dtype": "auto", "codec": "raw", "keyframe_spacing": "auto"}
+DEFAULTS = {"model": "smollm2", "dtype": "auto", "codec": "raw", "keyframe_spacing": "256"}
 CHOICES = {"dtype": ("auto", "float32", "bfloat16"), "codec": ("raw", "planes-lz4", "auto")}
 MAX_BYTES = 1 << 20
 
@@ -91,8 +91,8 @@ def check(key: str, value: object) -> str:
         raise ConfigError(f"there is no setting {key!r}", hint=f"there are {', '.join(DEFAULTS)}")
     if not isinstance(value, str) or not value:
         raise ConfigError(f"{key} must be text, not {value!r}", hint=f'for example {key} = "{DEFAULTS[key]}"')
-    if key == "keyframe_spacing" and value != "auto" and not (value.isdigit() and 16 <= int(value) <= 1 << 20):
-        raise ConfigError(f"{key} cannot be {value!r}", hint="give a number of tokens, at least 16, or auto")
+    if key == "keyframe_spacing" and not (value.isdigit() and 16 <= int(value) <= 1 << 20):
+        raise ConfigError(f"{key} cannot be {value!r}", hint="give a number of tokens, at least 16")
     if key in CHOICES and value not in CHOICES[key]:
         raise ConfigError(f"{key} cannot be {value!r}", hint=f"use {', '.join(CHOICES[key])}")
     return value

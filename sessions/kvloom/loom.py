@@ -49,8 +49,7 @@ class KVLoom:
         ``model`` is an alias, a folder, a .gguf file or a hub name, or an engine that holds a model already.
         ``codec`` is how new state is stored: raw, planes-lz4, or auto (planes-lz4 where it helps).
         ``keyframe_spacing``: of models that overwrite state in place (recurrent, SSM, convolution), a copy is kept at
-        least every so many tokens: a restore at any token runs at most so many again. The default depends on how
-        large the copies are: 256 to 2,048 (``kvloom.passes.default_spacing``).
+        least every so many tokens (default 256): a restore at any token runs at most so many again.
 
         Raises:
             NotAStore, SchemaTooNew, StoreUnavailable, StoreLocked
@@ -278,8 +277,11 @@ def load_engine(
     source = models.resolve(name)
     loaded = models.load(source, dtype=dtype, device=device, progress=progress)  # type: ignore[arg-type]
     from kvloom.engine import TransformersEngine
+    from kvloom.passes import KEYFRAME_SPACING
 
-    engine = TransformersEngine(loaded.model, loaded.tokenizer, name=source.name, keyframe_spacing=keyframe_spacing)
+    engine = TransformersEngine(
+        loaded.model, loaded.tokenizer, name=source.name, keyframe_spacing=keyframe_spacing or KEYFRAME_SPACING
+    )
     gc.collect()  # 0.2 to 0.3 s that are due after loading so much, and would fall into the first reply
     return engine
 

@@ -177,7 +177,7 @@ def _open(
         model=name,
         dtype=own or dtype or chosen.dtype,
         codec=chosen.codec or DEFAULT_CODEC,
-        keyframe_spacing=None if chosen.keyframe_spacing == "auto" else int(chosen.keyframe_spacing),
+        keyframe_spacing=int(chosen.keyframe_spacing),
         must_exist=must_exist,
         progress=bars.stage,
     )
