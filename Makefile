@@ -1,11 +1,12 @@
 # `make demo` and `make test` are each complete on a fresh machine with Python 3.11 or newer: they make a virtual
 # environment first, from pyproject.toml and constraints.txt, and again when one of these changes.
 #
-#   make test PYTHON=python3.13 ARGS="-k trie"
+#   make test PYTHON=python3.13 ARGS="-k trie" JOBS=4
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+JOBS ?= 2
 
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
@@ -21,7 +22,7 @@ demo: $(INSTALLED) ## a conversation that is killed, resumed and branched, with 
 	$(PY) examples/demo.py $(ARGS)
 
 test: $(INSTALLED) ## all tests, those with the real model included
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 exact: $(INSTALLED) ## 200 trials of every kind of model: is every bit that is restored the one that was captured
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(PY) -m exact.run $(ARGS)

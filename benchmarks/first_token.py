@@ -24,7 +24,7 @@ def prepare(store: Path, dtype: str, tokens: int) -> None:
     import kvloom
 
     with kvloom.open(store, model="smollm2", dtype=dtype, codec="raw") as loom:
-        text = words(loom.engine.tokenizer, tokens - 60)
+        text = words(loom.engine.tokenizer, tokens - 50)
         loom.session("novel").branch().say(text, max_tokens=24)
 
 
