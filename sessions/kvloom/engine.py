@@ -81,9 +81,8 @@ class TransformersEngine:
         self._output_class: Any = BaseModelOutputWithPast  # the decoder's own, once it has run
         self._base.register_forward_hook(self._keep_hidden)
         self._rope = LengthDependentRope(model)
-        self._probe = Probe(model, self._forward)
+        self._probe = Probe(model, self._forward, self._check_hidden)
         self.layers: tuple[LayerSpec, ...] = self._probe.layers
-        self._check_hidden()
         # The tokenizer's digest costs 30 ms; it is made again only if tokens were added to it.
         self._tokenizer_length: int = len(tokenizer)
         self._named: ModelIdentity = identity_of(model, tokenizer)
@@ -309,9 +308,8 @@ class TransformersEngine:
         else:
             yield start, end
 
-    def _check_hidden(self) -> None:
-        """A reply is taken up from the final hidden state alone: the logits must follow from it."""
-        output = self._forward(self._probe.new_cache()[0], [0], 0)
+    def _check_hidden(self, output: Any) -> None:
+        """A reply is taken up from the final hidden state alone: the logits of a pass must follow from it."""
         if self._last_hidden is None or not torch.equal(self.logits_of(self._last_hidden), output.logits[0, -1]):
             raise UnsupportedModel(type(self.model).__name__, "its logits do not follow from its last hidden state")
 

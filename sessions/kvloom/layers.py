@@ -23,7 +23,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from kvloom.errors import UnsupportedInput
+from kvloom.errors import EngineError, UnsupportedInput
 from kvloom_proto.records import LayerKind, LayerSpec, TensorSpec
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ class RowLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed
         tensors[0][:, :, start:end].copy_(key_states)
         if self._values:
             tensors[1][:, :, start:end].copy_(value_states)
+        elif not same_bits(key_states, value_states):
+            raise EngineError("a layer whose values were its keys computed others: its state would be lost")
         self.show(end)
         return self.keys, self.values
 
@@ -314,11 +316,14 @@ def states_of(cache: Any) -> Iterator[tuple[LayerKind, Any]]:
             yield LayerKind.KEYFRAME, ListedState(entries, index)
 
 
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are alike in all: values that are the very keys are kept once."""
+    return a.shape == b.shape and torch.equal(a, b)
+
+
 def row_tensors(layer: Any) -> dict[str, torch.Tensor]:
-    """The tensors of a layer of rows by name; values that are the very keys are left out."""
-    found = {"keys": layer.keys}
-    if layer.keys.shape != layer.values.shape or not torch.equal(layer.keys, layer.values):
-        found["values"] = layer.values
+    """The tensors of a layer of rows by name."""
+    found = {"keys": layer.keys, "values": layer.values}
     if isinstance(layer, DynamicIndexedLayer):
         found["indexer_keys"] = layer.indexer_keys
     return found
@@ -344,10 +349,31 @@ def _tensor_specs(kind: LayerKind, holder: Any) -> Iterator[TensorSpec]:
             yield TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape[1:]), 0)
     elif kind != LayerKind.EMPTY:
         for name, tensor in row_tensors(holder).items():
+            if name == "values" and same_bits(tensor, holder.keys):
+                continue
             if tensor.dim() == 3:  # an indexer has no heads
                 yield TensorSpec(name, dtype_name(tensor.dtype), (tensor.shape[2],), 0)
             else:
                 yield TensorSpec(name, dtype_name(tensor.dtype), (tensor.shape[1], tensor.shape[3]), 1)
+
+
+_OURS = {DynamicLayer: RowLayer, DynamicIndexedLayer: IndexedLayer, DynamicSlidingWindowLayer: WindowLayer}
+_MIXED = {
+    LinearAttentionAndFullAttentionLayer: MixedRowLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer: MixedWindowLayer,
+}
+
+
+def _layer_like(like: Any, state: LiveState, number: int) -> Any:
+    """An empty layer of the kind of one that has seen tokens; its rows, if it has any, are those of ``state``."""
+    kind = type(like)
+    if kind in _MIXED:
+        return _MIXED[kind](state, number, like.number_of_states)
+    if kind is LinearAttentionLayer:
+        return LinearAttentionLayer(number_of_states=like.number_of_states)
+    if kind in _OURS and like.is_initialized:
+        return _OURS[kind](state, number)
+    return kind()
 
 
 def attach(cache: Any, shape_of: Any, state: LiveState) -> tuple[list[RowLayer], dict[int, Overwritten]]:
@@ -362,22 +388,7 @@ def attach(cache: Any, shape_of: Any, state: LiveState) -> tuple[list[RowLayer],
     made: list[Any] = []
     number = 0
     for like in shape_of.layers:
-        kind = type(like)
-        layer: Any
-        if kind is DynamicLayer and like.is_initialized:
-            layer = RowLayer(state, number)
-        elif kind is DynamicIndexedLayer:
-            layer = IndexedLayer(state, number)
-        elif kind is DynamicSlidingWindowLayer:
-            layer = WindowLayer(state, number)
-        elif kind is LinearAttentionAndFullAttentionLayer:
-            layer = MixedRowLayer(state, number, like.number_of_states)
-        elif kind is LinearAttentionAndSlidingWindowAttentionLayer:
-            layer = MixedWindowLayer(state, number, like.number_of_states)
-        elif kind is LinearAttentionLayer:
-            layer = LinearAttentionLayer(number_of_states=like.number_of_states)
-        else:
-            layer = kind()
+        layer = _layer_like(like, state, number)
         made.append(layer)
         if isinstance(layer, RowLayer):
             rows.append(layer)
@@ -385,7 +396,7 @@ def attach(cache: Any, shape_of: Any, state: LiveState) -> tuple[list[RowLayer],
         if isinstance(layer, LinearAttentionLayer):
             overwritten[number] = LinearState(layer)
             number += 1
-        elif not isinstance(layer, RowLayer):
+        if not isinstance(layer, RowLayer | LinearAttentionLayer):
             number += 1
     cache.layers = made
     cache.layer_class_to_replicate = None

@@ -196,7 +196,8 @@ class LiveState:
         self.show(min(self.length, tokens))
         self.chain = [Link(k.handle, k.start, min(k.end, tokens)) for k in self.chain if k.start < tokens]
         self.hidden = None
-        self.window_base = min(self.window_base, tokens) if tokens == 0 else self.window_base
+        if tokens == 0:
+            self.window_base = 0
         self.frames = {position: frame for position, frame in self.frames.items() if position <= tokens}
         self.stored = {position for position in self.stored if position <= tokens}
         if self._overwritten and self.frame_at != self.length:

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from kvloom.errors import UnsupportedInput
-from kvloom.layers import RowLayer, StateList, WindowLayer, row_tensors, states_of
+from kvloom.layers import RowLayer, StateList, WindowLayer, row_tensors, same_bits, states_of
 from kvloom.live import Link, LiveState, to_bits
 from kvloom.resume import Resumer
 from kvloom_proto.records import STORED_BY_ROW, LayerKind, Schedule
@@ -102,17 +102,20 @@ def _take_rows(live: LiveState, number: int, layer: Any, length: int) -> None:
     Of a cache that was looked up, those before its ``window_base`` may be missing; ``_share_prefix`` leaves them alone.
     """
     rows = layer.all_rows(length) if isinstance(layer, RowLayer) else row_tensors(layer)
-    for name, spec, target in zip(rows, live.specs[number].tensors, live.tensors[number], strict=False):
-        source, axis = rows[name], 1 + spec.token_axis
+    specs = live.specs[number].tensors
+    if "values" in rows and "values" not in {spec.name for spec in specs} and not same_bits(layer.keys, layer.values):
+        raise UnsupportedInput(f"layer state {number} holds values; this model's are its keys")
+    for spec, target in zip(specs, live.tensors[number], strict=True):
+        source, axis = rows[spec.name], 1 + spec.token_axis
         if source.shape[axis] < length:
             raise UnsupportedInput(
                 f"layer state {number} has let go of rows behind its window, and cannot be stored whole",
                 hint="take the cache from lookup(), which keeps them",
             )
         place = target.narrow(axis, 0, length)
-        if name != spec.name or source.shape != place.shape or source.dtype != place.dtype:
+        if source.shape != place.shape or source.dtype != place.dtype:
             raise UnsupportedInput(
-                f"layer state {number} holds {name} {source.dtype} {tuple(source.shape)}; "
+                f"layer state {number} holds {spec.name} {source.dtype} {tuple(source.shape)}; "
                 f"this model's are {spec.name} {place.dtype} {tuple(place.shape)}"
             )
         place.copy_(source)

@@ -17,6 +17,9 @@ from kvloom_proto.records import LayerKind, LayerSpec, expand
 Forward = Callable[[Any, list[int], int], Any]
 """Runs the model: a cache, the tokens, and how many tokens the cache has seen; what the model returns."""
 
+Check = Callable[[Any], None]
+"""Is shown what the model returned for the first tokens, right after that pass. Raises UnsupportedModel."""
+
 FIRST, MORE = 5, 3
 """Tokens of the first pass, and of the one that follows it."""
 
@@ -29,7 +32,7 @@ class Probe:
     some of the state (Mamba-1 kinds begin their recurrent state anew, without a word), so they are fed singly.
     """
 
-    def __init__(self, model: PreTrainedModel, forward: Forward) -> None:
+    def __init__(self, model: PreTrainedModel, forward: Forward, check: Check) -> None:
         """Run a few tokens.
 
         Raises:
@@ -40,7 +43,7 @@ class Probe:
         before = support.tensors_in_modules(model)
         self._like = self._first_cache()
         support.check_kinds(model, self._like)
-        forward(self._like, self._ids(0, FIRST), 0)
+        check(forward(self._like, self._ids(0, FIRST), 0))
         self._refuse_state_in_modules(before)
         support.check_cache(model, self._like, FIRST)
         self.layers: tuple[LayerSpec, ...] = layer_specs(self._like)
