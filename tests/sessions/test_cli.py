@@ -3,85 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
+from command import Command, fails
 from tiny import tiny_llama_folder
-
-from kvloom.cli import run
-
-
-@dataclass
-class Result:
-    """What a command did."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        """The one object on stdout."""
-        assert self.out.count("\n") == 1
-        return json.loads(self.out)
-
-
-Command = Callable[..., Result]
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tiny_llama_folder(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture(scope="session")
-def other_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tiny_llama_folder(tmp_path_factory.mktemp("other"), seed=1))
-
-
-@pytest.fixture
-def kvloom(
-    store_path: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Command:
-    """Run a command in this process, in a home of its own, with the tiny model as the default."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("KVLOOM_CONFIG", str(tmp_path / "config.toml"))
-    monkeypatch.setenv("KVLOOM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("KVLOOM_MODEL", model)
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-
-    def command(*args: str, stdin: bytes = b"") -> Result:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        capfd.readouterr()
-        code = run(list(args))
-        return Result(code, *capfd.readouterr())
-
-    return command
-
-
-@pytest.fixture
-def trip(kvloom: Command) -> Command:
-    """A session of one exchange, said with a system prompt."""
-    assert kvloom("say", "trip", "hello there", "--system", "Be brief.", "--max-tokens", "6").code == 0
-    return kvloom
-
-
-def fails(result: Result, code: int, *words: str) -> None:
-    """One line that says what is wrong, one with what to do; nothing on stdout."""
-    assert (result.code, result.out) == (code, "")
-    lines = result.err.strip().splitlines()
-    assert [line.split(":")[0] for line in lines] == ["error", "hint"], result.err
-    for word in words:
-        assert word in result.err
 
 
 class TestSay:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_cli import Command, Result, fails
+from command import Command, Result, fails
 from tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 
 import kvloom as library
