@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 import kvloom
 from kvloom import support
 from kvloom.errors import KVLoomError
-from kvloom.layers import StateList
+from kvloom.overwritten import StateList
 from kvloom.passes import KEYFRAME_SPACING
 from kvloom.probe import Probe
 from kvloom_proto.records import STORED_BY_ROW, LayerKind, LayerSpec

@@ -21,8 +21,9 @@ from kvloom import passes, support
 from kvloom._version import __version__
 from kvloom.errors import ContextOverflow, EngineError, UnsupportedInput, UnsupportedModel
 from kvloom.identity import ModelIdentity, identity_of
-from kvloom.layers import StateList, dtype_name
+from kvloom.layers import dtype_name
 from kvloom.live import LiveState
+from kvloom.overwritten import StateList
 from kvloom.probe import Probe
 from kvloom.rope import LengthDependentRope
 from kvloom.sampling import SamplingSettings, choose

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvloom.layers import Overwritten, RowLayer, attach
+from kvloom.layers import attach
+from kvloom.overwritten import Overwritten
+from kvloom.row_layers import RowLayer
 from kvloom_proto.records import STORED_BY_ROW, LayerKind, LayerSpec, TensorSpec, expand
 from kvloom_store.rows import Captured, Frame, RowBuffer, Rows, RowSource
 from kvloom_store.writer import Handle

@@ -9,9 +9,11 @@ import torch
 from transformers import DynamicCache
 
 from kvloom.errors import UnsupportedInput
-from kvloom.layers import RowLayer, StateList, WindowLayer, row_tensors, same_bits, states_of
+from kvloom.layers import row_tensors, states_of
 from kvloom.live import Link, LiveState, to_bits
+from kvloom.overwritten import StateList
 from kvloom.resume import Resumer
+from kvloom.row_layers import RowLayer, WindowLayer, same_bits
 from kvloom_proto.records import STORED_BY_ROW, LayerKind, Schedule
 from kvloom_store import segments, trie
 from kvloom_store.rows import Rows

@@ -11,7 +11,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvloom import support
 from kvloom.errors import UnsupportedModel
-from kvloom.layers import StateList, layer_specs, states_of
+from kvloom.layers import layer_specs, states_of
+from kvloom.overwritten import StateList
 from kvloom_proto.records import LayerKind, LayerSpec, expand
 
 Forward = Callable[[Any, list[int], int], Any]
