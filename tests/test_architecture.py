@@ -18,10 +18,23 @@ BELOW = {
 }
 # What runs the model, or must see tensors. The first of these are torch through and through; the others import it
 # when they are called, so that listing and reading a store costs nothing.
-TENSORS = {"engine", "layers", "live", "loop", "overwritten", "probe", "resume", "rope", "row_layers", "support"}
+TENSORS = {
+    "blocks",
+    "engine",
+    "layers",
+    "live",
+    "loop",
+    "overwritten",
+    "probe",
+    "resume",
+    "rope",
+    "row_layers",
+    "support",
+}
 TENSORS_LATE = {"models", "convert", "identity", "sampling", "cli.about"}
 TRANSFORMERS_LATE = TENSORS_LATE | {"quiet", "template", "template_file"}
 CACHES = {
+    "blocks",
     "layers",
     "loop",
     "overwritten",

@@ -41,6 +41,7 @@ class LayerKind(enum.IntEnum):
     SHARED = 4
     EMPTY = 5
     OPAQUE = 6
+    BLOCKS = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +72,20 @@ class LayerSpec:
     tensors: tuple[TensorSpec, ...]
     window: int = 0
     shares: int = 0
+    block: int = 0
 
     @property
     def row_bytes(self) -> int:
-        """Bytes that one token adds to one of these layers; of a keyframe, all its bytes."""
+        """Bytes of one row of one of these layers; of a keyframe, all its bytes."""
         return sum(tensor.row_bytes for tensor in self.tensors)
+
+    def rows_before(self, position: int) -> int:
+        """Rows there are after so many tokens: one for each, or for each whole block of them."""
+        return position // self.block if self.block else position
+
+    def rows_between(self, start: int, end: int) -> int:
+        """Rows that the tokens of positions [start, end) add."""
+        return self.rows_before(end) - self.rows_before(start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +186,10 @@ def covered(layers: list[LayerSpec], chunk: ChunkSpec) -> list[int]:
 
 def chunk_raw_bytes(layers: list[LayerSpec], chunk: ChunkSpec) -> int:
     """Raw bytes of a chunk."""
-    return sum(layers[n].row_bytes for n in covered(layers, chunk)) * (chunk.tokens or 1)
+    if chunk.kind == LayerKind.KEYFRAME:
+        return sum(layers[n].row_bytes for n in covered(layers, chunk))
+    end = chunk.position + chunk.tokens
+    return sum(layers[n].row_bytes * layers[n].rows_between(chunk.position, end) for n in covered(layers, chunk))
 
 
 def pack(record: Manifest | Schedule | Provenance) -> bytes:
@@ -212,6 +225,7 @@ def _manifest_message(record: Manifest) -> pb.Manifest:
             kind=pb.LayerKind.ValueType(spec.kind),
             window=spec.window,
             shares=spec.shares,
+            block=spec.block,
             tensors=[
                 pb.TensorSpec(name=t.name, dtype=t.dtype, shape=t.shape, token_axis=t.token_axis) for t in spec.tensors
             ],
@@ -275,6 +289,8 @@ def _read_layer(message: pb.LayerSpec) -> LayerSpec:
     kind = _read_kind(message.kind, "layer.kind")
     if kind == LayerKind.WINDOW and not message.window:
         raise FormatError("a window has at least one token", field="layer.window")
+    if (kind == LayerKind.BLOCKS) != bool(message.block):
+        raise FormatError("blocks, and nothing else, have a length of at least one token", field="layer.block")
     return LayerSpec(
         message.index,
         message.count,
@@ -282,6 +298,7 @@ def _read_layer(message: pb.LayerSpec) -> LayerSpec:
         tuple(tensors),
         message.window,
         message.shares,
+        message.block,
     )
 
 
@@ -315,8 +332,8 @@ def _read_chunk(message: pb.ChunkSpec) -> ChunkSpec:
     )
 
 
-STORED_BY_ROW = (LayerKind.ROWS, LayerKind.WINDOW)
-"""Kinds of layers that add a row for each token."""
+STORED_BY_ROW = (LayerKind.ROWS, LayerKind.WINDOW, LayerKind.BLOCKS)
+"""Kinds of layers that add rows, for each token or for each block of them."""
 
 
 def _check_covered_once(manifest: Manifest) -> None:

@@ -24,29 +24,29 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvloom_proto/state.proto\x12\x0fkvloom.state.v1\"L\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\r\x12\x12\n\ntoken_axis\x18\x04 \x01(\r\"\xa1\x01\n\tLayerSpec\x12\r\n\x05index\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12(\n\x04kind\x18\x03 \x01(\x0e\x32\x1a.kvloom.state.v1.LayerKind\x12,\n\x07tensors\x18\x04 \x03(\x0b\x32\x1b.kvloom.state.v1.TensorSpec\x12\x0e\n\x06window\x18\x05 \x01(\r\x12\x0e\n\x06shares\x18\x06 \x01(\r\"\x8f\x02\n\tChunkSpec\x12(\n\x04kind\x18\x01 \x01(\x0e\x32\x1a.kvloom.state.v1.LayerKind\x12\x10\n\x08position\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\r\x12\r\n\x05layer\x18\x04 \x01(\r\x12\x0e\n\x06layers\x18\x05 \x01(\r\x12\r\n\x05\x63odec\x18\x06 \x01(\t\x12\x12\n\nraw_length\x18\x07 \x01(\x04\x12\x15\n\rstored_length\x18\x08 \x01(\x04\x12\x12\n\nraw_digest\x18\t \x01(\x0c\x12\x15\n\rstored_digest\x18\n \x01(\x0c\x12\x32\n\treference\x18\x0b \x01(\x0b\x32\x1f.kvloom.state.v1.ChunkReference\"6\n\x0e\x43hunkReference\x12\x12\n\nraw_digest\x18\x01 \x01(\x0c\x12\x10\n\x08position\x18\x02 \x01(\x04\"\xa5\x01\n\x08Manifest\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\r\n\x05start\x18\x02 \x01(\x04\x12\x0b\n\x03\x65nd\x18\x03 \x01(\x04\x12\x14\n\x0c\x63hunk_tokens\x18\x04 \x01(\r\x12*\n\x06layers\x18\x05 \x03(\x0b\x32\x1a.kvloom.state.v1.LayerSpec\x12*\n\x06\x63hunks\x18\x06 \x03(\x0b\x32\x1a.kvloom.state.v1.ChunkSpec\"C\n\x04Pass\x12\r\n\x05start\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\r\n\x05\x63ount\x18\x03 \x01(\r\x12\r\n\x05\x62\x61tch\x18\x04 \x01(\r\"S\n\x08Schedule\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0f\n\x07unknown\x18\x02 \x01(\x08\x12%\n\x06passes\x18\x03 \x03(\x0b\x32\x15.kvloom.state.v1.Pass\"\x9e\x01\n\nProvenance\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0f\n\x07threads\x18\x02 \x01(\r\x12\r\n\x05torch\x18\x03 \x01(\t\x12\x14\n\x0ctransformers\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x16\n\x0e\x63pu_capability\x18\x06 \x01(\t\x12\x11\n\tattention\x18\x07 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x08 \x01(\t*\xb0\x01\n\tLayerKind\x12\x1a\n\x16LAYER_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fLAYER_KIND_ROWS\x10\x01\x12\x15\n\x11LAYER_KIND_WINDOW\x10\x02\x12\x17\n\x13LAYER_KIND_KEYFRAME\x10\x03\x12\x15\n\x11LAYER_KIND_SHARED\x10\x04\x12\x14\n\x10LAYER_KIND_EMPTY\x10\x05\x12\x15\n\x11LAYER_KIND_OPAQUE\x10\x06\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvloom_proto/state.proto\x12\x0fkvloom.state.v1\"L\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\r\x12\x12\n\ntoken_axis\x18\x04 \x01(\r\"\xb0\x01\n\tLayerSpec\x12\r\n\x05index\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12(\n\x04kind\x18\x03 \x01(\x0e\x32\x1a.kvloom.state.v1.LayerKind\x12,\n\x07tensors\x18\x04 \x03(\x0b\x32\x1b.kvloom.state.v1.TensorSpec\x12\x0e\n\x06window\x18\x05 \x01(\r\x12\x0e\n\x06shares\x18\x06 \x01(\r\x12\r\n\x05\x62lock\x18\x07 \x01(\r\"\x8f\x02\n\tChunkSpec\x12(\n\x04kind\x18\x01 \x01(\x0e\x32\x1a.kvloom.state.v1.LayerKind\x12\x10\n\x08position\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\r\x12\r\n\x05layer\x18\x04 \x01(\r\x12\x0e\n\x06layers\x18\x05 \x01(\r\x12\r\n\x05\x63odec\x18\x06 \x01(\t\x12\x12\n\nraw_length\x18\x07 \x01(\x04\x12\x15\n\rstored_length\x18\x08 \x01(\x04\x12\x12\n\nraw_digest\x18\t \x01(\x0c\x12\x15\n\rstored_digest\x18\n \x01(\x0c\x12\x32\n\treference\x18\x0b \x01(\x0b\x32\x1f.kvloom.state.v1.ChunkReference\"6\n\x0e\x43hunkReference\x12\x12\n\nraw_digest\x18\x01 \x01(\x0c\x12\x10\n\x08position\x18\x02 \x01(\x04\"\xa5\x01\n\x08Manifest\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\r\n\x05start\x18\x02 \x01(\x04\x12\x0b\n\x03\x65nd\x18\x03 \x01(\x04\x12\x14\n\x0c\x63hunk_tokens\x18\x04 \x01(\r\x12*\n\x06layers\x18\x05 \x03(\x0b\x32\x1a.kvloom.state.v1.LayerSpec\x12*\n\x06\x63hunks\x18\x06 \x03(\x0b\x32\x1a.kvloom.state.v1.ChunkSpec\"C\n\x04Pass\x12\r\n\x05start\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\r\n\x05\x63ount\x18\x03 \x01(\r\x12\r\n\x05\x62\x61tch\x18\x04 \x01(\r\"S\n\x08Schedule\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0f\n\x07unknown\x18\x02 \x01(\x08\x12%\n\x06passes\x18\x03 \x03(\x0b\x32\x15.kvloom.state.v1.Pass\"\x9e\x01\n\nProvenance\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0f\n\x07threads\x18\x02 \x01(\r\x12\r\n\x05torch\x18\x03 \x01(\t\x12\x14\n\x0ctransformers\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x16\n\x0e\x63pu_capability\x18\x06 \x01(\t\x12\x11\n\tattention\x18\x07 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x08 \x01(\t*\xc7\x01\n\tLayerKind\x12\x1a\n\x16LAYER_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fLAYER_KIND_ROWS\x10\x01\x12\x15\n\x11LAYER_KIND_WINDOW\x10\x02\x12\x17\n\x13LAYER_KIND_KEYFRAME\x10\x03\x12\x15\n\x11LAYER_KIND_SHARED\x10\x04\x12\x14\n\x10LAYER_KIND_EMPTY\x10\x05\x12\x15\n\x11LAYER_KIND_OPAQUE\x10\x06\x12\x15\n\x11LAYER_KIND_BLOCKS\x10\x07\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvloom_proto.state_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LAYERKIND']._serialized_start=1101
-  _globals['_LAYERKIND']._serialized_end=1277
+  _globals['_LAYERKIND']._serialized_start=1116
+  _globals['_LAYERKIND']._serialized_end=1315
   _globals['_TENSORSPEC']._serialized_start=45
   _globals['_TENSORSPEC']._serialized_end=121
   _globals['_LAYERSPEC']._serialized_start=124
-  _globals['_LAYERSPEC']._serialized_end=285
-  _globals['_CHUNKSPEC']._serialized_start=288
-  _globals['_CHUNKSPEC']._serialized_end=559
-  _globals['_CHUNKREFERENCE']._serialized_start=561
-  _globals['_CHUNKREFERENCE']._serialized_end=615
-  _globals['_MANIFEST']._serialized_start=618
-  _globals['_MANIFEST']._serialized_end=783
-  _globals['_PASS']._serialized_start=785
-  _globals['_PASS']._serialized_end=852
-  _globals['_SCHEDULE']._serialized_start=854
-  _globals['_SCHEDULE']._serialized_end=937
-  _globals['_PROVENANCE']._serialized_start=940
-  _globals['_PROVENANCE']._serialized_end=1098
+  _globals['_LAYERSPEC']._serialized_end=300
+  _globals['_CHUNKSPEC']._serialized_start=303
+  _globals['_CHUNKSPEC']._serialized_end=574
+  _globals['_CHUNKREFERENCE']._serialized_start=576
+  _globals['_CHUNKREFERENCE']._serialized_end=630
+  _globals['_MANIFEST']._serialized_start=633
+  _globals['_MANIFEST']._serialized_end=798
+  _globals['_PASS']._serialized_start=800
+  _globals['_PASS']._serialized_end=867
+  _globals['_SCHEDULE']._serialized_start=869
+  _globals['_SCHEDULE']._serialized_end=952
+  _globals['_PROVENANCE']._serialized_start=955
+  _globals['_PROVENANCE']._serialized_end=1113
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ mixes two kinds is two states; one that holds nothing is one empty state.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from kvloom.blocks import BlockRows, BlockTail, block_layer, compresses
 from kvloom.errors import UnsupportedInput
 from kvloom.overwritten import LinearState, ListedState, Overwritten, StateList
 from kvloom.row_layers import IndexedLayer, MixedRowLayer, MixedWindowLayer, RowLayer, WindowLayer, same_bits
@@ -41,31 +43,42 @@ def states_of(cache: Any) -> Iterator[tuple[LayerKind, Any]]:
         yield LayerKind.KEYFRAME, cache
         return
     for index, layer in enumerate(cache.layers):
-        kind = type(layer)
-        if kind is LinearAttentionLayer:
-            yield LayerKind.KEYFRAME, LinearState(layer)
-        elif kind is DummyLayer or (kind is DynamicLayer and not layer.is_initialized):
-            yield LayerKind.EMPTY, layer
-        elif kind in (DynamicLayer, DynamicIndexedLayer, RowLayer, IndexedLayer):
-            yield LayerKind.ROWS, layer
-        elif kind in (DynamicSlidingWindowLayer, WindowLayer):
-            yield LayerKind.WINDOW, layer
-        elif kind in (LinearAttentionAndFullAttentionLayer, MixedRowLayer):
-            yield LayerKind.ROWS, layer
-            yield LayerKind.KEYFRAME, LinearState(layer)
-        elif kind in (LinearAttentionAndSlidingWindowAttentionLayer, MixedWindowLayer):
-            yield LayerKind.WINDOW, layer
-            yield LayerKind.KEYFRAME, LinearState(layer)
-        else:
-            raise UnsupportedInput(f"cache layer {index} is a {kind.__name__}, which this version cannot store")
+        yield from _states_in(index, layer)
     entries = getattr(cache, "linear_cache", [])
     for index, entry in enumerate(entries):
         if isinstance(entry, torch.Tensor):
             yield LayerKind.KEYFRAME, ListedState(entries, index)
 
 
+def _states_in(index: int, layer: Any) -> Iterator[tuple[LayerKind, Any]]:
+    """The states of one cache layer."""
+    kind = type(layer)
+    if kind is LinearAttentionLayer:
+        yield LayerKind.KEYFRAME, LinearState(layer)
+    elif kind is DummyLayer or (kind is DynamicLayer and not layer.is_initialized):
+        yield LayerKind.EMPTY, layer
+    elif kind in (DynamicLayer, DynamicIndexedLayer, RowLayer, IndexedLayer):
+        yield LayerKind.ROWS, layer
+    elif kind in (DynamicSlidingWindowLayer, WindowLayer):
+        yield LayerKind.WINDOW, layer
+    elif kind in (LinearAttentionAndFullAttentionLayer, MixedRowLayer):
+        yield LayerKind.ROWS, layer
+        yield LayerKind.KEYFRAME, LinearState(layer)
+    elif kind in (LinearAttentionAndSlidingWindowAttentionLayer, MixedWindowLayer):
+        yield LayerKind.WINDOW, layer
+        yield LayerKind.KEYFRAME, LinearState(layer)
+    elif compresses(layer):
+        yield LayerKind.WINDOW, layer
+        yield LayerKind.BLOCKS, BlockRows(layer)
+        yield LayerKind.KEYFRAME, BlockTail(layer)
+    else:
+        raise UnsupportedInput(f"cache layer {index} is a {kind.__name__}, which this version cannot store")
+
+
 def row_tensors(layer: Any) -> dict[str, torch.Tensor]:
-    """The tensors of a layer of rows by name."""
+    """The tensors of a layer of rows by name, or those of its blocks."""
+    if isinstance(layer, BlockRows):
+        return layer.tensors()
     found = {"keys": layer.keys, "values": layer.values}
     if isinstance(layer, DynamicIndexedLayer):
         found["indexer_keys"] = layer.indexer_keys
@@ -77,12 +90,12 @@ def layer_specs(cache: Any) -> tuple[LayerSpec, ...]:
     specs: list[LayerSpec] = []
     for number, (kind, holder) in enumerate(states_of(cache)):
         window = int(holder.sliding_window) if kind == LayerKind.WINDOW else 0
-        tensors = tuple(_tensor_specs(kind, holder))
-        if specs and (specs[-1].kind, specs[-1].tensors, specs[-1].window) == (kind, tensors, window):
+        block = holder.block if kind == LayerKind.BLOCKS else 0
+        spec = LayerSpec(number, 1, kind, tuple(_tensor_specs(kind, holder)), window, block=block)
+        if specs and replace(specs[-1], index=number, count=1) == spec:
             last = specs.pop()
-            specs.append(LayerSpec(last.index, last.count + 1, kind, tensors, window))
-        else:
-            specs.append(LayerSpec(number, 1, kind, tensors, window))
+            spec = replace(last, count=last.count + 1)
+        specs.append(spec)
     return tuple(specs)
 
 
@@ -94,7 +107,7 @@ def _tensor_specs(kind: LayerKind, holder: Any) -> Iterator[TensorSpec]:
         for name, tensor in row_tensors(holder).items():
             if name == "values" and same_bits(tensor, holder.keys):
                 continue
-            if tensor.dim() == 3:  # an indexer has no heads
+            if tensor.dim() == 3:  # an indexer has no heads, and blocks have none
                 yield TensorSpec(name, dtype_name(tensor.dtype), (tensor.shape[2],), 0)
             else:
                 yield TensorSpec(name, dtype_name(tensor.dtype), (tensor.shape[1], tensor.shape[3]), 1)
@@ -109,7 +122,9 @@ _MIXED = {
 
 def _layer_like(like: Any, state: LiveState, number: int) -> Any:
     """An empty layer of the kind of one that has seen tokens; its rows, if it has any, are those of ``state``."""
-    kind = type(like)
+    kind: Any = type(like)
+    if compresses(like):
+        return block_layer(kind)(state, number, like)
     if kind in _MIXED:
         return _MIXED[kind](state, number, like.number_of_states)
     if kind is LinearAttentionLayer:
@@ -131,15 +146,12 @@ def attach(cache: Any, shape_of: Any, state: LiveState) -> tuple[list[RowLayer],
     made: list[Any] = []
     number = 0
     for like in shape_of.layers:
-        layer = _layer_like(like, state, number)
-        made.append(layer)
-        if isinstance(layer, RowLayer):
-            rows.append(layer)
-            number += 1
-        if isinstance(layer, LinearAttentionLayer):
-            overwritten[number] = LinearState(layer)
-            number += 1
-        if not isinstance(layer, RowLayer | LinearAttentionLayer):
+        made.append(_layer_like(like, state, number))
+        for kind, holder in _states_in(len(made) - 1, made[-1]):
+            if kind == LayerKind.KEYFRAME:
+                overwritten[number] = holder
+            elif isinstance(holder, RowLayer):
+                rows.append(holder)
             number += 1
     cache.layers = made
     cache.layer_class_to_replicate = None

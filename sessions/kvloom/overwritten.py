@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from transformers.cache_utils import LinearAttentionLayer
@@ -12,20 +12,27 @@ from kvloom.row_layers import RowLayer
 
 
 class Overwritten(Protocol):
-    """State that a forward pass overwrites in place: its tensors are read and put back whole."""
+    """State that a forward pass overwrites in place: its tensors are read and put back whole.
+
+    ``every_token``: each token looks at it, so that a pass whose logits do not depend on it has forgotten it.
+    """
+
+    every_token: ClassVar[bool]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors by name, as they are now (not copies); none before the first pass."""
         ...
 
-    def put(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Let these be the tensors; none at all for the state before the first pass."""
+    def put(self, tensors: dict[str, torch.Tensor], position: int) -> None:
+        """Let these be the tensors after so many tokens; none at all for the state before the first pass."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class LinearState:
     """The convolution and recurrent states of a linear-attention layer, several of each, and its flags."""
+
+    every_token: ClassVar[bool] = True
 
     layer: LinearAttentionLayer
 
@@ -38,7 +45,7 @@ class LinearState:
                     found[f"{name}.{index}"] = tensor
         return found
 
-    def put(self, tensors: dict[str, torch.Tensor]) -> None:
+    def put(self, tensors: dict[str, torch.Tensor], position: int) -> None:
         layer = self.layer
         for index in range(layer.number_of_states):
             conv, recurrent = tensors.get(f"conv_states.{index}"), tensors.get(f"recurrent_states.{index}")
@@ -56,6 +63,8 @@ class LinearState:
 class ListedState:
     """One entry of a cache's list of tensors (lightning attention keeps its states in one)."""
 
+    every_token: ClassVar[bool] = True
+
     entries: list[Any]
     index: int
 
@@ -63,7 +72,7 @@ class ListedState:
         entry = self.entries[self.index]
         return {f"linear_cache.{self.index}": entry} if isinstance(entry, torch.Tensor) else {}
 
-    def put(self, tensors: dict[str, torch.Tensor]) -> None:
+    def put(self, tensors: dict[str, torch.Tensor], position: int) -> None:
         self.entries[self.index] = tensors.get(f"linear_cache.{self.index}")
 
 
@@ -71,10 +80,12 @@ class ListedState:
 class StateList:
     """The state of a model that takes and returns a list of tensors instead of a cache (RWKV)."""
 
+    every_token: ClassVar[bool] = True
+
     state: list[torch.Tensor] | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {f"state.{index}": tensor for index, tensor in enumerate(self.state or ())}
 
-    def put(self, tensors: dict[str, torch.Tensor]) -> None:
+    def put(self, tensors: dict[str, torch.Tensor], position: int) -> None:
         self.state = list(tensors.values()) or None
