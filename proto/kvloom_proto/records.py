@@ -134,16 +134,28 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """``count`` forward passes one after another of ``tokens`` tokens each, the first from ``start`` on."""
+    """``count`` forward passes one after another of ``tokens`` tokens each, the first from ``start`` on.
+
+    Of a ``batch`` of several paths this is one: number ``path``. All of them begin with the same ``shared`` tokens, and
+    the longest had ``own`` columns of rows behind those when the first pass began.
+    """
 
     start: int
     tokens: int
     count: int = 1
     batch: int = 1
+    path: int = 0
+    shared: int = 0
+    own: int = 0
 
     @property
     def end(self) -> int:
         return self.start + self.tokens * self.count
+
+    def each(self) -> Iterator[tuple[int, int]]:
+        """Each single forward pass as (start, end)."""
+        for start in range(self.start, self.end, self.tokens):
+            yield start, start + self.tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,9 +168,7 @@ class Schedule:
     def each(self) -> Iterator[tuple[int, int]]:
         """Each single forward pass as (start, end)."""
         for entry in self.passes:
-            for number in range(entry.count):
-                start = entry.start + number * entry.tokens
-                yield start, start + entry.tokens
+            yield from entry.each()
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +210,7 @@ def pack(record: Manifest | Schedule | Provenance) -> bytes:
         message = pb.Schedule(
             version=VERSION,
             unknown=record.unknown,
-            passes=[pb.Pass(start=p.start, tokens=p.tokens, count=p.count, batch=p.batch) for p in record.passes],
+            passes=[_pass_message(entry) for entry in record.passes],
         )
     else:
         message = pb.Provenance(
@@ -214,6 +224,18 @@ def pack(record: Manifest | Schedule | Provenance) -> bytes:
             engine=record.engine,
         )
     return message.SerializeToString(deterministic=True)
+
+
+def _pass_message(entry: Pass) -> pb.Pass:
+    return pb.Pass(
+        start=entry.start,
+        tokens=entry.tokens,
+        count=entry.count,
+        batch=entry.batch,
+        path=entry.path,
+        shared=entry.shared,
+        own=entry.own,
+    )
 
 
 def _manifest_message(record: Manifest) -> pb.Manifest:
@@ -386,12 +408,22 @@ def read_schedule(data: bytes) -> Schedule:
         _limit("pass.tokens", entry.tokens, limits.MAX_TOKENS)
         if not entry.tokens or not entry.count or not entry.batch:
             raise FormatError("a pass has at least one token", field="schedule.passes")
-        read = Pass(entry.start, entry.tokens, entry.count, entry.batch)
+        read = Pass(entry.start, entry.tokens, entry.count, entry.batch, entry.path, entry.shared, entry.own)
+        _check_batch(read)
         _limit("pass.end", read.end, limits.MAX_TOKENS)
         if passes and read.start != passes[-1].end:
             raise FormatError("passes must follow one another", field="schedule.passes")
         passes.append(read)
     return Schedule(tuple(passes), message.unknown)
+
+
+def _check_batch(entry: Pass) -> None:
+    _limit("pass.batch", entry.batch, limits.MAX_BATCH)
+    alone = (entry.batch, entry.path, entry.shared, entry.own) == (1, 0, 0, 0)
+    behind = entry.start - entry.shared  # the path's own tokens before the first pass
+    if not alone and not (entry.path < entry.batch and entry.tokens == 1 and 0 <= behind <= entry.own):
+        raise FormatError("a pass of a batch does not fit the batch", field="schedule.passes")
+    _limit("pass.own", entry.own, limits.MAX_TOKENS)
 
 
 def read_provenance(data: bytes) -> Provenance:

@@ -266,10 +266,19 @@ class Pass(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
     BATCH_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    SHARED_FIELD_NUMBER: _builtins.int
+    OWN_FIELD_NUMBER: _builtins.int
     start: _builtins.int
     tokens: _builtins.int
     count: _builtins.int
     batch: _builtins.int
+    path: _builtins.int
+    """of a batch: which of its paths this is,"""
+    shared: _builtins.int
+    """how many tokens all of them begin with,"""
+    own: _builtins.int
+    """and how many columns the longest had behind those"""
     def __init__(
         self,
         *,
@@ -277,10 +286,13 @@ class Pass(_message.Message):
         tokens: _builtins.int = ...,
         count: _builtins.int = ...,
         batch: _builtins.int = ...,
+        path: _builtins.int = ...,
+        shared: _builtins.int = ...,
+        own: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "count", b"count", "start", b"start", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "count", b"count", "own", b"own", "path", b"path", "shared", b"shared", "start", b"start", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -231,6 +231,13 @@ class LiveState:
                 loaded = from_bits(np.ascontiguousarray(rows.rows(index, number, start, end)), tensor.dtype)
                 rows_of(spec, self.tensors[index], number, start, end)[0].copy_(loaded)
 
+    def extend(self, rows: RowSource, start: int, end: int) -> None:
+        """Hold rows [start, end), computed elsewhere, behind those that are here. Nothing is overwritten in place."""
+        self.reserve(end)
+        self.take(rows, STORED_BY_ROW, start, end)
+        self.show(end)
+        self.frame_at = end
+
     def put_aside(self, start: int, end: int) -> Callable[[], None]:
         """Copy rows [start, end) of every layer; what is returned puts them back and lets the layers end there."""
         saved = [
