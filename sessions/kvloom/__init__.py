@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kvloom.loom import KVLoom, load_engine, open
     from kvloom.report import Reply, Restored, Seconds, Tokens
     from kvloom.sampling import SamplingSettings
+    from kvloom.scores import TokenScore
     from kvloom.session import Session, TreeTurn
     from kvloom.template import ChatTemplate
 
@@ -37,6 +38,7 @@ __all__ = [
     "SamplingSettings",
     "Seconds",
     "Session",
+    "TokenScore",
     "Tokens",
     "TransformersEngine",
     "TreeTurn",
@@ -56,6 +58,7 @@ _HOME = {
     "SamplingSettings": "sampling",
     "Seconds": "report",
     "Session": "session",
+    "TokenScore": "scores",
     "Tokens": "report",
     "TransformersEngine": "engine",
     "TreeTurn": "session",

@@ -25,7 +25,8 @@ from kvloom.layers import StateList, dtype_name
 from kvloom.live import LiveState
 from kvloom.probe import Probe
 from kvloom.rope import LengthDependentRope
-from kvloom.sampling import SamplingSettings, choose
+from kvloom.sampling import SamplingSettings, choose, float32
+from kvloom.scores import TokenScore, score
 from kvloom_proto.records import LayerSpec, Provenance, Schedule
 from kvloom_store.rows import RowBuffer
 
@@ -222,16 +223,21 @@ class TransformersEngine:
         seen: Sequence[int],
         seed: int,
         cancel: threading.Event | None = None,
+        scores: list[TokenScore] | None = None,
     ) -> Generator[int, None, None]:
         """Tokens one after another, for as long as the caller asks; the one yielded last is pending.
 
         ``seen`` are the ids so far, for the repetition penalty. The token at position p is drawn with
-        ``uniform(seed, p)``, so a reply can be taken up again anywhere.
+        ``uniform(seed, p)``, so a reply can be taken up again anywhere. What the model thinks of each token is added to
+        ``scores`` before it is yielded.
         """
         ids = list(seen)
         while not (cancel is not None and cancel.is_set()):
+            logits = float32(logits)
             token = choose(logits, settings, seen=ids, seed=seed, position=len(ids))
             ids.append(token)
+            if scores is not None:
+                scores.append(score(logits, token))
             yield token
             logits = self.run_pass(live, [token])
 

@@ -19,7 +19,9 @@ from kvloom.passes import schedule_of
 from kvloom.report import Reply, Restored, Seconds, Tokens
 from kvloom.resume import Account, hidden_bytes
 from kvloom.sampling import SamplingSettings, fresh_seed
+from kvloom.scores import TokenScore
 from kvloom.textstream import TextStream
+from kvloom_proto.scores import pack_scores
 from kvloom_store import refs, segments, trie, turns
 from kvloom_store.errors import RefConflict
 from kvloom_store.refs import Branch as BranchRow
@@ -146,11 +148,12 @@ class Run:
         """Generate until the reply ends; however it ends, what was generated is committed."""
         pieces: list[str] = []
         tokens: list[int] = []
+        scores: list[TokenScore] = []
         stream, first, last, reason, rest = self._stream(), None, 0.0, "interrupted", ""
         budget = min(self._settings.max_tokens, self._engine.context_limit - len(self._ids))
         started = live.length
         source = self._engine.generate(
-            live, logits, self._settings, seen=self._ids, seed=self._seed, cancel=self._options.cancel
+            live, logits, self._settings, seen=self._ids, seed=self._seed, cancel=self._options.cancel, scores=scores
         )
         try:
             for token in source:
@@ -181,7 +184,7 @@ class Run:
                 message = {"role": "assistant", "content": text}
                 ids, start = self._ids + tokens, len(self._ids)
                 turn, state = self._commit(
-                    live, turn, state, message, ids, start, passes, timings, reason, stream.reopened
+                    live, turn, state, message, ids, start, passes, timings, reason, stream.reopened, scores
                 )
             self._finish(turn, text, reason, account, tokens, began, first, last)
         if rest:
@@ -238,6 +241,7 @@ class Run:
         timings: Mapping[str, Any],
         reason: str | None = None,
         reopened: str = "",
+        scores: Sequence[TokenScore] = (),
     ) -> tuple[Turn, TurnState]:
         """Add a turn whose tokens are ids[start:], move the branch to it, and hand its state to the writer.
 
@@ -283,6 +287,7 @@ class Run:
                 hidden=hidden_bytes(hidden) if hidden is not None else None,
                 hidden_dtype=dtype_name(hidden.dtype) if hidden is not None else None,
                 variant=not self._options.reuse,
+                scores=pack_scores(scores[: len(ids) - start]) if scores else None,
             )
             self._move_branch(conn, turn)
         if live is None:

@@ -20,7 +20,7 @@ from kvloom.errors import EngineError, SessionError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MAX_SEED", "SamplingSettings", "choose", "fresh_seed", "logprob", "uniform"]
+__all__ = ["MAX_SEED", "SamplingSettings", "choose", "float32", "fresh_seed", "logprob", "uniform"]
 
 MAX_SEED = 2**63 - 1  # a signed 64-bit column holds it in every database
 MAX_COUNT = 2**31 - 1
@@ -162,7 +162,7 @@ def choose(
     """
     import torch
 
-    scores = _penalised(_float32(logits), settings.repetition_penalty, seen)
+    scores = _penalised(float32(logits), settings.repetition_penalty, seen)
     best = int(scores.argmax())  # documented to be the first of equals; a NaN counts as the largest
     top = float(scores[best])
     if not math.isfinite(top):
@@ -187,14 +187,14 @@ def logprob(logits: torch.Tensor, token: int) -> float:
 
     ``logits`` has shape [vocab], any float dtype; EngineError if ``token`` is outside of it.
     """
-    scores = _float32(logits).double()
+    scores = float32(logits).double()
     if not 0 <= token < len(scores):
         raise EngineError(f"token {token} is outside the vocabulary of {len(scores)}")
     scores = scores - scores.max()
     return float(scores[token] - scores.exp().cumsum(0)[-1].log())
 
 
-def _float32(logits: torch.Tensor) -> torch.Tensor:
+def float32(logits: torch.Tensor) -> torch.Tensor:
     """``logits`` as float32 [vocab] in main memory (the same tensor if it is that already)."""
     import torch
 

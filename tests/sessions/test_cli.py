@@ -403,10 +403,12 @@ class TestStartingFast:
             (["ls"], ["rich.console", "prompt_toolkit"]),
             (["log", "trip"], ["prompt_toolkit"]),
             (["log", "trip:30"], ["prompt_toolkit"]),
+            (["log", "trip", "--scores"], ["prompt_toolkit"]),
             (["show", "trip:30", "--tokens"], ["prompt_toolkit"]),
             (["fork", "trip:30", "b"], ["prompt_toolkit"]),
             (["tree", "trip"], ["prompt_toolkit"]),
             (["show", "trip@main~2"], ["prompt_toolkit"]),
+            (["show", "trip", "--scores"], ["prompt_toolkit"]),
             (["config"], ["sqlalchemy"]),
         ],
     )

@@ -24,10 +24,10 @@ from kvloom.errors import EngineError, SessionError
 from kvloom.sampling import (
     MAX_SEED,
     SamplingSettings,
-    _float32,
     _penalised,
     _weights,
     choose,
+    float32,
     fresh_seed,
     logprob,
     uniform,
@@ -36,7 +36,7 @@ from kvloom.sampling import (
 
 def distribution(logits: torch.Tensor, chosen: SamplingSettings, seen: list[int]) -> torch.Tensor:
     """Probabilities (float64 [vocab]) that choose draws from."""
-    scores = _penalised(_float32(logits), chosen.repetition_penalty, seen)
+    scores = _penalised(float32(logits), chosen.repetition_penalty, seen)
     ids, weights = _weights(scores, float(scores.max()), chosen)
     full = torch.zeros(len(logits), dtype=torch.float64)
     if ids is None:
@@ -232,7 +232,7 @@ def test_greedy_takes_the_lowest_of_equals_and_heeds_the_penalty():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_every_float_type_counts_as_float32(dtype):
+def test_every_float_type_counts_asfloat32(dtype):
     logits = torch.randn(300, generator=torch.Generator().manual_seed(1)).to(dtype)
     for chosen in (SamplingSettings(), SamplingSettings(temperature=1.0, top_p=0.9)):
         for position in range(20):
