@@ -20,12 +20,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from kvloom import passes, support
 from kvloom._version import __version__
 from kvloom.errors import ContextOverflow, EngineError, UnsupportedInput, UnsupportedModel
+from kvloom.filters import float32
 from kvloom.identity import ModelIdentity, identity_of
 from kvloom.layers import StateList, dtype_name
 from kvloom.live import LiveState
 from kvloom.probe import Probe
 from kvloom.rope import LengthDependentRope
-from kvloom.sampling import SamplingSettings, choose, float32
+from kvloom.sampling import SamplingSettings, choose
 from kvloom.scores import TokenScore, score
 from kvloom_proto.records import LayerSpec, Provenance, Schedule
 from kvloom_store.rows import RowBuffer

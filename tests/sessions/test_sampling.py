@@ -21,23 +21,20 @@ from transformers.generation.logits_process import (
 )
 
 from kvloom.errors import EngineError, SessionError
+from kvloom.filters import float32, penalised, weighted
 from kvloom.sampling import (
     MAX_SEED,
     SamplingSettings,
-    _penalised,
-    _weights,
     choose,
-    float32,
     fresh_seed,
-    logprob,
     uniform,
 )
 
 
 def distribution(logits: torch.Tensor, chosen: SamplingSettings, seen: list[int]) -> torch.Tensor:
     """Probabilities (float64 [vocab]) that choose draws from."""
-    scores = _penalised(float32(logits), chosen.repetition_penalty, seen)
-    ids, weights = _weights(scores, float(scores.max()), chosen)
+    scores = penalised(float32(logits), chosen.repetition_penalty, seen)
+    ids, weights = weighted(scores, float(scores.max()), chosen)
     full = torch.zeros(len(logits), dtype=torch.float64)
     if ids is None:
         full = weights
@@ -308,14 +305,6 @@ def test_the_thread_count_does_not_matter():
     one = tokens(1)
     assert one.count("\n") == 4
     assert tokens(3) == one
-
-
-def test_logprob():
-    logits = torch.randn(500, generator=torch.Generator().manual_seed(0))
-    expected = logits.double().log_softmax(0)
-    assert logprob(logits, 7) == pytest.approx(float(expected[7]), abs=1e-12)
-    with pytest.raises(EngineError, match="vocabulary"):
-        logprob(logits, 500)
 
 
 @pytest.mark.parametrize(
