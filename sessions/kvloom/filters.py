@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING
 from kvloom.errors import EngineError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
     from kvloom.sampling import SamplingSettings
+
+    Floats = NDArray[np.float64]
 
 
 def float32(logits: torch.Tensor) -> torch.Tensor:
@@ -71,7 +75,11 @@ def weighted(scores: torch.Tensor, top: float, settings: SamplingSettings) -> tu
         # Min-p (arXiv 2407.01082): relative to the most likely token, whose weight is 1.
         likely = weights >= settings.min_p
         keep = likely if keep is None else keep & likely
-    return ids, weights if keep is None else weights * keep
+    if keep is not None:
+        weights = weights * keep
+    if settings.typical_p < 1.0:
+        weights = weights * _typical(weights, settings.typical_p)
+    return ids, weights
 
 
 def _nucleus(weights: torch.Tensor, p: float) -> torch.Tensor:
@@ -79,29 +87,57 @@ def _nucleus(weights: torch.Tensor, p: float) -> torch.Tensor:
 
     Nucleus sampling (arXiv 1904.09751). At least one is kept; of equals, those of lower index first.
     """
+    import torch
+
+    last, count = _edge(weights.numpy(), weights.numpy(), p)
+    keep = weights > last
+    equal = (weights == last).nonzero().squeeze(1)
+    keep[equal[: count - int(torch.count_nonzero(keep))]] = True
+    return keep
+
+
+def _typical(weights: torch.Tensor, p: float) -> torch.Tensor:
+    """Which of ``weights`` (float64 [n]) are about as likely as expected, up to a mass >= p of the whole: bool [n].
+
+    Locally typical sampling (arXiv 2202.00666): those come first whose information -log(probability) is nearest to
+    its mean, the entropy. At least one is kept, and those as near as the last of them.
+    """
     import numpy
     import torch
 
-    # Sums are numpy's, which uses one thread; the rounding of torch's depends on the number of threads.
-    band = weights.numpy()
-    target = float(band.sum()) * p
-    # The last weight that belongs to the set lies in the band; ``count`` others of mass ``above`` are
-    # larger than all of it. Halving it a few times costs a fifth of sorting a whole vocabulary.
-    count, above = 0, 0.0
-    while len(band) > 512:
-        upper = band >= band.mean()
-        high = band[upper]
-        if len(high) in (0, len(band)):  # all are equal
-            break
-        mass = float(high.sum())
-        if above + mass >= target:
-            band = high
-        else:
-            count, above, band = count + len(high), above + mass, band[~upper]
-    ordered = numpy.sort(band)[::-1]
-    place = min(int(numpy.searchsorted(above + ordered.cumsum(), target)), len(ordered) - 1)
-    last = float(ordered[place])
-    keep = weights > last
-    equal = (weights == last).nonzero().squeeze(1)
-    keep[equal[: count + place + 1 - int(torch.count_nonzero(keep))]] = True
+    there = weights > 0
+    held = weights[there].numpy()
+    probabilities = held / held.sum()
+    information = -numpy.log(probabilities)
+    nearness = -numpy.abs(information - (probabilities * information).sum())
+    last, _ = _edge(nearness, probabilities, p)
+    keep = there.clone()
+    keep[there] = torch.from_numpy(nearness >= last)
     return keep
+
+
+def _edge(ranks: Floats, weights: Floats, p: float) -> tuple[float, int]:
+    """The rank of the last that belongs to the smallest set of weight >= p of the whole, and how many that set has.
+
+    It takes those of the highest rank first.
+    """
+    import numpy
+
+    # Sums are numpy's, which uses one thread; the rounding of torch's depends on the number of threads.
+    target = float(weights.sum()) * p
+    # The last one lies in the band; ``count`` others of mass ``above`` rank higher than all of it. Halving it a few
+    # times costs a fifth of sorting a whole vocabulary.
+    count, above = 0, 0.0
+    while len(ranks) > 512:
+        upper = ranks >= ranks.mean()
+        high = int(numpy.count_nonzero(upper))
+        if high in (0, len(ranks)):  # all are equal
+            break
+        mass = float(weights[upper].sum())
+        if above + mass >= target:
+            ranks, weights = ranks[upper], weights[upper]
+        else:
+            count, above, ranks, weights = count + high, above + mass, ranks[~upper], weights[~upper]
+    order = numpy.argsort(-ranks, kind="stable")
+    place = min(int(numpy.searchsorted(above + weights[order].cumsum(), target)), len(order) - 1)
+    return float(ranks[order[place]]), count + place + 1

@@ -75,6 +75,7 @@ class SamplingSettings:
     top_k               keep the k most likely tokens, and those equal to the last of them; 0: off
     top_p               keep the fewest tokens whose probability adds up to p, at least one; 1: off
     min_p               keep tokens at least min_p times as likely as the most likely one; 0: off
+    typical_p           keep the fewest tokens of about the expected information that add up to p, at least one; 1: off
     repetition_penalty  above 1: tokens already in the text become less likely; 1: off
     seed                0 to 2**63-1; None: the caller draws one with ``fresh_seed`` and records it
     max_tokens          the reply ends after that many tokens
@@ -85,6 +86,7 @@ class SamplingSettings:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
     seed: int | None = None
     max_tokens: int = 512
@@ -98,6 +100,7 @@ class SamplingSettings:
         _count("top_k", self.top_k, 0, MAX_COUNT)
         put("top_p", _number("top_p", self.top_p, 0.0, 1.0))
         put("min_p", _number("min_p", self.min_p, 0.0, 1.0))
+        put("typical_p", _number("typical_p", self.typical_p, 0.0, 1.0))
         # Bounded, so that no finite float32 logit of a sane model becomes infinite.
         put("repetition_penalty", _number("repetition_penalty", self.repetition_penalty, 0.01, 100.0))
         if self.seed is not None:
@@ -153,7 +156,7 @@ def choose(
     """The next token id, given the logits of the last position (shape [vocab], any float dtype, unchanged).
 
     Applied in this order, which is that of transformers: repetition penalty over the ids in ``seen``
-    (shape [n]; repeats and ids outside the vocabulary are harmless), temperature, top-k, top-p, min-p.
+    (shape [n]; repeats and ids outside the vocabulary are harmless), temperature, top-k, top-p, min-p, typical-p.
     Then the first token, in order of token ids, at which the running sum of what is left exceeds
     ``uniform(seed, position)``. Greedy takes the lowest id among equals, after the penalty, and does
     not look at seed and position.

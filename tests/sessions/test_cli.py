@@ -62,10 +62,12 @@ class TestSay:
 
     def test_sampling_options_are_recorded_with_the_turn(self, kvloom: Command) -> None:
         options = ["--temperature", "0.7", "--top-k", "9", "--top-p", "0.9", "--min-p", "0.01", "--seed", "5"]
-        options += ["--repetition-penalty", "1.1", "--max-tokens", "3", "--stop", "zq", "--stop", "qz"]
+        options += ["--typical-p", "0.95", "--repetition-penalty", "1.1", "--max-tokens", "3"]
+        options += ["--stop", "zq", "--stop", "qz"]
         kvloom("say", "trip", "hello", *options)
         settings = kvloom("show", "trip", "--json").json["turn"]["settings"]
-        for option in ("temperature", "top_k", "top_p", "min_p", "seed", "repetition_penalty", "max_tokens"):
+        numbers = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "repetition_penalty", "max_tokens")
+        for option in numbers:
             value = options[options.index("--" + option.replace("_", "-")) + 1]
             assert settings[option] == float(value)
         assert settings["stop"] == ["zq", "qz"]

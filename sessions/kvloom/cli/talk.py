@@ -33,6 +33,12 @@ def sampling_options(command: F) -> F:
             click.option(
                 "--min-p", type=float, metavar="P", help="Only tokens at least P times as likely as the best."
             ),
+            click.option(
+                "--typical-p",
+                type=float,
+                metavar="P",
+                help="Choose among tokens about as surprising as expected, which make up P of the whole.",
+            ),
             click.option("--repetition-penalty", type=float, metavar="R", help="Above 1: repeat less."),
             click.option("--seed", type=int, metavar="N", help="The same seed gives the same reply."),
             click.option("--stop", multiple=True, metavar="TEXT", help=STOP_HELP),
