@@ -19,6 +19,7 @@ from kvloom._version import __version__
 
 if TYPE_CHECKING:
     from kvloom.branch import Branch
+    from kvloom.choices import Choice, Option
     from kvloom.engine import TransformersEngine
     from kvloom.errors import KVLoomError
     from kvloom.loom import KVLoom, load_engine, open
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
 __all__ = [
     "Branch",
     "ChatTemplate",
+    "Choice",
     "KVLoom",
     "KVLoomError",
+    "Option",
     "Reply",
     "Restored",
     "SamplingSettings",
@@ -51,8 +54,10 @@ __all__ = [
 _HOME = {
     "Branch": "branch",
     "ChatTemplate": "template",
+    "Choice": "choices",
     "KVLoom": "loom",
     "KVLoomError": "errors",
+    "Option": "choices",
     "Reply": "report",
     "Restored": "report",
     "SamplingSettings": "sampling",

@@ -183,8 +183,9 @@ class Run:
                 }
                 message = {"role": "assistant", "content": text}
                 ids, start = self._ids + tokens, len(self._ids)
+                settings = {**self._settings.to_plain(), "seed": self._seed, "reopened": stream.reopened}
                 turn, state = self._commit(
-                    live, turn, state, message, ids, start, passes, timings, reason, stream.reopened, scores
+                    live, turn, state, message, ids, start, passes, timings, reason, settings, scores
                 )
             self._finish(turn, text, reason, account, tokens, began, first, last)
         if rest:
@@ -240,7 +241,7 @@ class Run:
         passes: Sequence[tuple[int, int]],
         timings: Mapping[str, Any],
         reason: str | None = None,
-        reopened: str = "",
+        settings: Mapping[str, Any] | None = None,
         scores: Sequence[TokenScore] = (),
     ) -> tuple[Turn, TurnState]:
         """Add a turn whose tokens are ids[start:], move the branch to it, and hand its state to the writer.
@@ -256,7 +257,6 @@ class Run:
             state_start = state_end = tip.state_end if tip else 0
             hidden = None
         schedule = schedule_of(passes)
-        replied = reason is not None
         with loom.database.write() as conn:
             known = tip.position if tip is not None and start >= tip.end else None
             position = trie.extend(conn, root, ids, start_at=known)
@@ -266,9 +266,9 @@ class Run:
                 self._branch.session,
                 parent,
                 message,
-                continues=replied and self._continues,
+                continues=reason is not None and self._continues,
                 finish_reason=reason,
-                settings={**self._settings.to_plain(), "seed": self._seed, "reopened": reopened} if replied else {},
+                settings=settings,
                 timings=timings,
             )
             state = turns.add_state(
