@@ -29,9 +29,11 @@ TENSORS = {
     "resume",
     "rope",
     "row_layers",
+    "shared_attention",
+    "siblings",
     "support",
 }
-TENSORS_LATE = {"models", "convert", "identity", "sampling", "cli.about"}
+TENSORS_LATE = {"models", "convert", "identity", "sampling", "filters", "scores", "cli.about"}
 TRANSFORMERS_LATE = TENSORS_LATE | {"quiet", "template", "template_file"}
 CACHES = {
     "blocks",
@@ -40,6 +42,7 @@ CACHES = {
     "overwritten",
     "probe",
     "row_layers",
+    "siblings",
 }  # loop names the class in a signature, probe makes one
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 MAX_MESSAGE_BYTES = 64 << 20
-"""A serialized manifest, schedule or provenance."""
+"""A serialized manifest, schedule, provenance or token scores."""
 
 MAX_LAYERS = 4096
 """Layers of one model."""
@@ -29,6 +29,9 @@ MAX_CHUNK_BYTES = 256 << 20
 
 MAX_NAME_BYTES = 256
 """A tensor, codec, dtype or device name."""
+
+MAX_ALTERNATIVES = 64
+"""Tokens kept beside each generated one."""
 
 MAX_TURN_BYTES = 64 << 20
 """One message as MessagePack."""

@@ -1,8 +1,8 @@
 """What the wire format says, as plain records: manifest, schedule, provenance.
 
 ``pack`` turns a record into its canonical bytes; ``read_manifest``, ``read_schedule`` and ``read_provenance``
-turn bytes from outside back into records and refuse whatever FORMAT.md does not allow. Only this module
-touches the generated protobuf code.
+turn bytes from outside back into records and refuse whatever FORMAT.md does not allow. Only this module and
+``scores`` touch the generated protobuf code.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from kvloom_proto import limits
 from kvloom_proto import state_pb2 as pb
-from kvloom_proto.errors import FormatError, LimitExceeded, UnsupportedVersion
-
-VERSION = 1
+from kvloom_proto.errors import FormatError
+from kvloom_proto.messages import VERSION, check_limit, parse
 
 ITEM_BYTES = {
     "float64": 8,
@@ -275,10 +274,10 @@ def read_manifest(data: bytes) -> Manifest:
         FormatError: the bytes do not follow FORMAT.md (LimitExceeded, UnsupportedVersion among them).
     """
     message = pb.Manifest()
-    _parse(message, data, "manifest")
-    _limit("manifest.layers", len(message.layers), limits.MAX_LAYERS)
-    _limit("manifest.chunks", len(message.chunks), limits.MAX_CHUNKS)
-    _limit("manifest.end", message.end, limits.MAX_TOKENS)
+    parse(message, data, "manifest")
+    check_limit("manifest.layers", len(message.layers), limits.MAX_LAYERS)
+    check_limit("manifest.chunks", len(message.chunks), limits.MAX_CHUNKS)
+    check_limit("manifest.end", message.end, limits.MAX_TOKENS)
     if message.start >= message.end:
         raise FormatError("a manifest must cover at least one position", field="manifest.end")
     if message.chunk_tokens == 0 or message.chunk_tokens % 16:
@@ -289,7 +288,7 @@ def read_manifest(data: bytes) -> Manifest:
         if layer.index != index or layer.count == 0:
             raise FormatError("layers must follow one another without a hole", field="manifest.layers")
         index += layer.count
-        _limit("manifest.layers", index, limits.MAX_LAYERS)
+        check_limit("manifest.layers", index, limits.MAX_LAYERS)
     chunks = tuple(_read_chunk(chunk) for chunk in message.chunks)
     manifest = Manifest(message.start, message.end, message.chunk_tokens, layers, chunks)
     _check_covered_once(manifest)
@@ -297,16 +296,16 @@ def read_manifest(data: bytes) -> Manifest:
 
 
 def _read_layer(message: pb.LayerSpec) -> LayerSpec:
-    _limit("layer.tensors", len(message.tensors), limits.MAX_TENSORS_PER_LAYER)
+    check_limit("layer.tensors", len(message.tensors), limits.MAX_TENSORS_PER_LAYER)
     tensors = []
     for tensor in message.tensors:
-        _limit("tensor.shape", len(tensor.shape), limits.MAX_DIMENSIONS)
-        _limit("tensor.name", len(tensor.name), limits.MAX_NAME_BYTES)
+        check_limit("tensor.shape", len(tensor.shape), limits.MAX_DIMENSIONS)
+        check_limit("tensor.name", len(tensor.name), limits.MAX_NAME_BYTES)
         if tensor.dtype not in ITEM_BYTES:
             raise FormatError(f"unknown dtype {tensor.dtype[:32]!r}", field="tensor.dtype")
         if not tensor.name or 0 in tensor.shape or tensor.token_axis > len(tensor.shape):
             raise FormatError("a tensor needs a name, a shape without zeros and its token axis", field="tensor")
-        _limit("tensor.shape", math.prod(tensor.shape), limits.MAX_CHUNK_BYTES)
+        check_limit("tensor.shape", math.prod(tensor.shape), limits.MAX_CHUNK_BYTES)
         tensors.append(TensorSpec(tensor.name, tensor.dtype, tuple(tensor.shape), tensor.token_axis))
     kind = _read_kind(message.kind, "layer.kind")
     if kind == LayerKind.WINDOW and not message.window:
@@ -332,9 +331,9 @@ def _read_kind(value: int, field: str) -> LayerKind:
 
 
 def _read_chunk(message: pb.ChunkSpec) -> ChunkSpec:
-    _limit("chunk.raw_length", message.raw_length, limits.MAX_CHUNK_BYTES)
-    _limit("chunk.stored_length", message.stored_length, limits.MAX_CHUNK_BYTES)
-    _limit("chunk.codec", len(message.codec), limits.MAX_NAME_BYTES)
+    check_limit("chunk.raw_length", message.raw_length, limits.MAX_CHUNK_BYTES)
+    check_limit("chunk.stored_length", message.stored_length, limits.MAX_CHUNK_BYTES)
+    check_limit("chunk.codec", len(message.codec), limits.MAX_NAME_BYTES)
     stored_digest = message.stored_digest or message.raw_digest
     if len(message.raw_digest) != 16 or len(stored_digest) != 16:
         raise FormatError("a digest has 16 bytes", field="chunk.raw_digest")
@@ -400,17 +399,17 @@ def _check_rows(manifest: Manifest, chunk: ChunkSpec) -> None:
 def read_schedule(data: bytes) -> Schedule:
     """Read and check a schedule. Raises FormatError."""
     message = pb.Schedule()
-    _parse(message, data, "schedule")
-    _limit("schedule.passes", len(message.passes), limits.MAX_PASSES)
+    parse(message, data, "schedule")
+    check_limit("schedule.passes", len(message.passes), limits.MAX_PASSES)
     passes: list[Pass] = []
     for entry in message.passes:
-        _limit("pass.count", entry.count, limits.MAX_TOKENS)
-        _limit("pass.tokens", entry.tokens, limits.MAX_TOKENS)
+        check_limit("pass.count", entry.count, limits.MAX_TOKENS)
+        check_limit("pass.tokens", entry.tokens, limits.MAX_TOKENS)
         if not entry.tokens or not entry.count or not entry.batch:
             raise FormatError("a pass has at least one token", field="schedule.passes")
         read = Pass(entry.start, entry.tokens, entry.count, entry.batch, entry.path, entry.shared, entry.own)
         _check_batch(read)
-        _limit("pass.end", read.end, limits.MAX_TOKENS)
+        check_limit("pass.end", read.end, limits.MAX_TOKENS)
         if passes and read.start != passes[-1].end:
             raise FormatError("passes must follow one another", field="schedule.passes")
         passes.append(read)
@@ -418,18 +417,18 @@ def read_schedule(data: bytes) -> Schedule:
 
 
 def _check_batch(entry: Pass) -> None:
-    _limit("pass.batch", entry.batch, limits.MAX_BATCH)
+    check_limit("pass.batch", entry.batch, limits.MAX_BATCH)
     alone = (entry.batch, entry.path, entry.shared, entry.own) == (1, 0, 0, 0)
     behind = entry.start - entry.shared  # the path's own tokens before the first pass
     if not alone and not (entry.path < entry.batch and entry.tokens == 1 and 0 <= behind <= entry.own):
         raise FormatError("a pass of a batch does not fit the batch", field="schedule.passes")
-    _limit("pass.own", entry.own, limits.MAX_TOKENS)
+    check_limit("pass.own", entry.own, limits.MAX_TOKENS)
 
 
 def read_provenance(data: bytes) -> Provenance:
     """Read and check a provenance. Raises FormatError."""
     message = pb.Provenance()
-    _parse(message, data, "provenance")
+    parse(message, data, "provenance")
     texts = (
         message.torch,
         message.transformers,
@@ -439,20 +438,5 @@ def read_provenance(data: bytes) -> Provenance:
         message.engine,
     )
     for text in texts:
-        _limit("provenance", len(text), limits.MAX_NAME_BYTES)
+        check_limit("provenance", len(text), limits.MAX_NAME_BYTES)
     return Provenance(message.threads, *texts)
-
-
-def _parse(message: pb.Manifest | pb.Schedule | pb.Provenance, data: bytes, field: str) -> None:
-    _limit(field, len(data), limits.MAX_MESSAGE_BYTES)
-    try:
-        message.ParseFromString(data)
-    except (DecodeError, UnicodeDecodeError, ValueError) as error:
-        raise FormatError(f"the {field} is not a protobuf message: {error}", field=field) from error
-    if message.version != VERSION:
-        raise UnsupportedVersion(field, message.version, VERSION)
-
-
-def _limit(field: str, value: int, limit: int) -> None:
-    if value > limit:
-        raise LimitExceeded(field, value, limit)

@@ -369,3 +369,46 @@ class Provenance(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Provenance: _TypeAlias = Provenance  # noqa: Y015
+
+@_typing.final
+class TokenScores(_message.Message):
+    """What the model thought of each of some tokens it generated, one after another."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    ALTERNATIVES_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    ENTROPIES_FIELD_NUMBER: _builtins.int
+    TOP_IDS_FIELD_NUMBER: _builtins.int
+    TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    alternatives: _builtins.int
+    """how many of the likeliest tokens are kept of each"""
+    logprobs: _builtins.bytes
+    """float16: of each token itself"""
+    entropies: _builtins.bytes
+    """float16, nats: of each token's distribution"""
+    top_logprobs: _builtins.bytes
+    """float16: of each of top_ids"""
+    @_builtins.property
+    def top_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """`alternatives` of each token, the likeliest first"""
+
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        alternatives: _builtins.int = ...,
+        logprobs: _builtins.bytes = ...,
+        entropies: _builtins.bytes = ...,
+        top_ids: _abc.Iterable[_builtins.int] | None = ...,
+        top_logprobs: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alternatives", b"alternatives", "entropies", b"entropies", "logprobs", b"logprobs", "top_ids", b"top_ids", "top_logprobs", b"top_logprobs", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenScores: _TypeAlias = TokenScores  # noqa: Y015

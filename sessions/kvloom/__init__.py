@@ -19,24 +19,29 @@ from kvloom._version import __version__
 
 if TYPE_CHECKING:
     from kvloom.branch import Branch
+    from kvloom.choices import Choice, Option
     from kvloom.engine import TransformersEngine
     from kvloom.errors import KVLoomError
     from kvloom.loom import KVLoom, load_engine, open
     from kvloom.report import Reply, Restored, Seconds, Tokens
     from kvloom.sampling import SamplingSettings
+    from kvloom.scores import TokenScore
     from kvloom.session import Session, TreeTurn
     from kvloom.template import ChatTemplate
 
 __all__ = [
     "Branch",
     "ChatTemplate",
+    "Choice",
     "KVLoom",
     "KVLoomError",
+    "Option",
     "Reply",
     "Restored",
     "SamplingSettings",
     "Seconds",
     "Session",
+    "TokenScore",
     "Tokens",
     "TransformersEngine",
     "TreeTurn",
@@ -49,13 +54,16 @@ __all__ = [
 _HOME = {
     "Branch": "branch",
     "ChatTemplate": "template",
+    "Choice": "choices",
     "KVLoom": "loom",
     "KVLoomError": "errors",
+    "Option": "choices",
     "Reply": "report",
     "Restored": "report",
     "SamplingSettings": "sampling",
     "Seconds": "report",
     "Session": "session",
+    "TokenScore": "scores",
     "Tokens": "report",
     "TransformersEngine": "engine",
     "TreeTurn": "session",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from kvloom.errors import InvalidText, ModelMismatch, NothingToDo, RefNotFound
+from kvloom.choices import Choice, check_texts
+from kvloom.errors import InvalidText, ModelMismatch, NothingToDo, RefNotFound, SessionError
+from kvloom.plaintext import check_unicode
 from kvloom.sampling import SamplingSettings
 from kvloom_store import refs, trie, turns
 from kvloom_store.names import Ref
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
     from kvloom.report import Reply
     from kvloom.run import Run, RunOptions
     from kvloom.session import Session, TreeTurn
-    from kvloom.template import ChatTemplate
+    from kvloom.template import ChatTemplate, Prompt
 
 
 class Branch:
@@ -66,30 +69,75 @@ class Branch:
         Raises:
             InvalidText, ModelMismatch, ContextOverflow, ReuseRequired; nothing is stored then.
         """
-        from kvloom.template import extend
-
-        if not text.strip():
-            raise InvalidText("there is nothing to say", hint="give some text")
-        check_unicode(text)
-        path, states = self._path()
-        template = self.session_template()
-        parent, tip = _tip(path, states)
-        history, reply_start = merged(path, states)
-        message = {"role": "user", "content": text}
-        with self._loom.database.read() as conn:
-            parent_ids = trie.tokens_to(conn, tip.position.node, tip.position.offset) if tip else []
-        prompt = extend(
-            template,
-            self._loom.engine.tokenizer,
-            history,
-            parent_ids,
-            [message],
-            reply_start=reply_start,
-            eos_ids=self._loom.engine.eos_ids,
-        )
-        self._loom.engine.check_ids(prompt.ids)
+        parent, tip, prompt, messages = self._prompt(text)
         options = self._options(reuse, require_reuse, cancel, progress)
-        return self._run(parent, tip, prompt.ids, prompt.kept, message, self._chosen(settings, sampling), options)
+        return self._run(parent, tip, prompt.ids, prompt.kept, messages[-1], self._chosen(settings, sampling), options)
+
+    def choose(
+        self,
+        text: str,
+        choices: Sequence[str],
+        *,
+        cancel: threading.Event | None = None,
+        progress: Progress | None = None,
+    ) -> Choice:
+        """Say something and have the likeliest of ``choices`` for a reply: a ``Choice`` tells how likely each one is.
+
+        Each is scored as the beginning of a reply, nothing is sampled, and their order does not matter.
+
+        Raises:
+            InvalidText (a choice that is empty or there twice), ModelMismatch, ContextOverflow; nothing is stored then.
+            SessionError: ``cancel`` was set; the message is kept.
+        """
+        choice = self.choosing(text, choices, cancel=cancel, progress=progress).reply.choice
+        if choice is None:
+            raise SessionError("interrupted before a choice was made; the message is kept", hint="undo it to ask again")
+        return choice
+
+    def choosing(
+        self,
+        text: str,
+        choices: Sequence[str],
+        *,
+        reuse: bool = True,
+        require_reuse: bool = False,
+        cancel: threading.Event | None = None,
+        progress: Progress | None = None,
+    ) -> Run:
+        """The run behind ``choose``, as ``stream`` gives one; its ``reply`` has the ``choice``."""
+        from kvloom.choosing import ChoiceRun, replies
+
+        check_texts(choices)
+        parent, tip, prompt, messages = self._prompt(text)
+        given = replies(self._loom.engine, self.session_template(), messages, prompt.ids, choices)
+        settings = self._chosen(None, {})
+        options = self._options(reuse, require_reuse, cancel, progress)
+        return self._run(
+            parent, tip, prompt.ids, prompt.kept, messages[-1], settings, options, run=partial(ChoiceRun, given)
+        )
+
+    def score(
+        self, texts: Sequence[str], *, cancel: threading.Event | None = None, progress: Progress | None = None
+    ) -> Choice:
+        """How likely each of some texts is to come next: as a reply to the last message, or as more of a stopped one.
+
+        Nothing is said, and nothing stored.
+
+        Raises:
+            InvalidText, ModelMismatch, ContextOverflow
+            NothingToDo: the reply is complete, or nothing was said yet.
+        """
+        from kvloom.choosing import more, replies, score_at
+
+        check_texts(texts)
+        path, states = self._path()
+        parent, tip = self._unfinished(path, states)
+        ids, engine = self._ids_to(tip), self._loom.engine
+        if parent.role == "assistant":
+            given = more(engine, ids, texts)
+        else:
+            given = replies(engine, self.session_template(), merged(path, states)[0], ids, texts)
+        return score_at(self._loom, ids, tip, given, cancel, progress)
 
     def continue_reply(
         self,
@@ -104,13 +152,7 @@ class Branch:
         Raises:
             NothingToDo: the reply is complete, or nothing was said yet.
         """
-        path, states = self._path()
-        parent, tip = _tip(path, states)
-        if parent is None or tip is None:
-            raise NothingToDo("nothing was said on this branch yet", hint="kvloom say SESSION TEXT")
-        ended = bool(tip.tokens) and tip.tokens[-1] in self._loom.engine.eos_ids
-        if parent.role == "assistant" and (ended or self._ended_by_default(parent)):
-            raise NothingToDo("the reply is complete", hint="kvloom say goes on, kvloom regenerate tries again")
+        parent, tip = self._unfinished(*self._path())
         options = self._options(True, False, cancel, progress)
         continues = parent.role == "assistant"
         return self._go_on(parent, tip, self._chosen(settings, sampling), options, continues=continues)
@@ -178,6 +220,45 @@ class Branch:
         best = {row: turns.best_state(some, self._loom.root) for row, some in states.items()}
         return path, {row: state for row, state in best.items() if state is not None}
 
+    def _prompt(self, text: str) -> tuple[Turn | None, TurnState | None, Prompt, list[dict[str, Any]]]:
+        """Where a text is said, what the model is to see, and the messages up to it. Raises what ``stream`` does."""
+        from kvloom.template import extend
+
+        if not text.strip():
+            raise InvalidText("there is nothing to say", hint="give some text")
+        check_unicode(text)
+        path, states = self._path()
+        parent, tip = _tip(path, states)
+        history, reply_start = merged(path, states)
+        message = {"role": "user", "content": text}
+        engine = self._loom.engine
+        prompt = extend(
+            self.session_template(),
+            engine.tokenizer,
+            history,
+            self._ids_to(tip) if tip else [],
+            [message],
+            reply_start=reply_start,
+            eos_ids=engine.eos_ids,
+        )
+        engine.check_ids(prompt.ids)
+        return parent, tip, prompt, [*history, message]
+
+    def _unfinished(self, path: Sequence[Turn], states: Mapping[int, TurnState]) -> tuple[Turn, TurnState]:
+        """The last turn and its state, if something can follow it that is not a message. Raises NothingToDo."""
+        parent, tip = _tip(path, states)
+        if parent is None or tip is None:
+            raise NothingToDo("nothing was said on this branch yet", hint="kvloom say SESSION TEXT")
+        ended = bool(tip.tokens) and tip.tokens[-1] in self._loom.engine.eos_ids
+        if parent.role == "assistant" and (ended or self._ended_by_default(parent)):
+            raise NothingToDo("the reply is complete", hint="kvloom say goes on, kvloom regenerate tries again")
+        return parent, tip
+
+    def _ids_to(self, tip: TurnState) -> list[int]:
+        """The tokens of the path that ends with a turn's state."""
+        with self._loom.database.read() as conn:
+            return trie.tokens_to(conn, tip.position.node, tip.position.offset)
+
     def _chosen(self, settings: SamplingSettings | None, sampling: Mapping[str, Any]) -> SamplingSettings:
         """What was asked for; under the default template a reply stops where the user would speak next."""
         from kvloom.template import DEFAULT_STOP
@@ -203,8 +284,7 @@ class Branch:
     def _go_on(
         self, parent: Turn, tip: TurnState, settings: SamplingSettings, options: RunOptions, *, continues: bool
     ) -> Run:
-        with self._loom.database.read() as conn:
-            ids = trie.tokens_to(conn, tip.position.node, tip.position.offset)
+        ids = self._ids_to(tip)
         self._loom.engine.check_ids(ids)
         return self._run(parent, tip, ids, len(ids), None, settings, options, continues=continues)
 
@@ -219,10 +299,11 @@ class Branch:
         options: RunOptions,
         *,
         continues: bool = False,
+        run: Callable[..., Run] | None = None,
     ) -> Run:
         from kvloom.run import Run
 
-        return Run(
+        return (run or Run)(
             self._loom,
             self._row,
             self.session.name,
@@ -277,14 +358,6 @@ def check_model(settings: Mapping[str, Any], loom: KVLoom) -> None:
         raise ModelMismatch(*next((row for row in found if row[0] == "dtype"), found[0]))
     if settings["tokenizer"] != live.tokenizer:
         raise ModelMismatch("tokenizer", settings["tokenizer"][:16], live.tokenizer[:16])
-
-
-def check_unicode(text: str) -> None:
-    """Refuse text that cannot be written as UTF-8 (lone surrogates from undecodable input). Raises InvalidText."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidText("the text is not valid UTF-8", hint="convert it first: iconv -t UTF-8") from error
 
 
 def _tip(path: Sequence[Turn], states: Mapping[int, TurnState]) -> tuple[Turn | None, TurnState | None]:

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from kvloom import passes, siblings, support
 from kvloom._version import __version__
 from kvloom.errors import ContextOverflow, EngineError, UnsupportedInput, UnsupportedModel
+from kvloom.filters import float32
 from kvloom.identity import ModelIdentity, identity_of
 from kvloom.layers import dtype_name
 from kvloom.live import LiveState
@@ -28,6 +29,7 @@ from kvloom.overwritten import StateList
 from kvloom.probe import Probe
 from kvloom.rope import LengthDependentRope
 from kvloom.sampling import SamplingSettings, choose
+from kvloom.scores import TokenScore, score
 from kvloom_proto.records import LayerSpec, Provenance, Schedule
 from kvloom_store.rows import RowBuffer
 
@@ -73,7 +75,7 @@ class TransformersEngine:
         self.config = model.config.get_text_config(decoder=True)
         self.context_limit = support.context_limit(self.config)
         self.vocab_size = int(self.config.vocab_size)
-        self.eos_ids = _eos_ids(model, tokenizer)
+        self.eos_ids = support.eos_ids(model, tokenizer)
         self.keyframe_spacing = keyframe_spacing
         self._cache_argument = support.cache_argument(model) or ""
         self._takes_position_ids = support.takes(model, "position_ids")
@@ -109,7 +111,7 @@ class TransformersEngine:
             threads=torch.get_num_threads(),
             torch=torch.__version__,
             transformers=transformers.__version__,
-            device=_device_name(self.device),
+            device=support.device_name(self.device),
             cpu_capability=support.cpu_capability(),
             attention=str(self.config._attn_implementation),
             engine=f"kvloom {__version__}",
@@ -143,6 +145,14 @@ class TransformersEngine:
 
         ``live.hidden`` is set to the final hidden state ``[1, 1, hidden_size]`` of the last token.
         """
+        return self._pass(live, ids, 1)[-1]
+
+    def run_scored(self, live: LiveState, ids: Sequence[int]) -> torch.Tensor:
+        """The same, but the logits ``[tokens, vocab]`` after each of the tokens."""
+        return self._pass(live, ids, len(ids))
+
+    def _pass(self, live: LiveState, ids: Sequence[int], last: int) -> torch.Tensor:
+        """One forward pass; the logits after the ``last`` tokens, or after more of them."""
         start = live.length
         if not live.ready:
             raise EngineError("the state is not there that this pass would go on from")
@@ -150,7 +160,7 @@ class TransformersEngine:
         live.remember()
         self._rope.reset()
         try:
-            output = self._forward(live.cache, ids, start)
+            output = self._forward(live.cache, ids, start, last)
         except BaseException:
             live.truncate(start)
             live.recall()
@@ -159,7 +169,7 @@ class TransformersEngine:
         if live.length % self.keyframe_spacing == 0:
             live.keep_frame()
         live.hidden = self._last_hidden
-        logits: torch.Tensor = output.logits[0, -1]
+        logits: torch.Tensor = output.logits[0]
         return logits
 
     def run_batch(
@@ -178,13 +188,13 @@ class TransformersEngine:
         assert self._last_hidden is not None
         return output.logits[:, -1], self._last_hidden
 
-    def _forward(self, cache: Any, ids: Sequence[int], start: int) -> Any:
+    def _forward(self, cache: Any, ids: Sequence[int], start: int, last: int = 1) -> Any:
         """The model's own forward over tokens that follow ``start`` others whose state a cache holds."""
         inputs: dict[str, Any] = {"input_ids": torch.tensor([ids], device=self.device)}
         if self._takes_position_ids:  # always given: some models count from 0 without them
             inputs["position_ids"] = torch.arange(start, start + len(ids), device=self.device)[None]
         if self._takes_logits_to_keep:
-            inputs["logits_to_keep"] = 1
+            inputs["logits_to_keep"] = last
         listed = isinstance(cache, StateList)
         inputs[self._cache_argument] = cache.state if listed else cache
         with torch.inference_mode():
@@ -246,16 +256,21 @@ class TransformersEngine:
         seen: Sequence[int],
         seed: int,
         cancel: threading.Event | None = None,
+        scores: list[TokenScore] | None = None,
     ) -> Generator[int, None, None]:
         """Tokens one after another, for as long as the caller asks; the one yielded last is pending.
 
         ``seen`` are the ids so far, for the repetition penalty. The token at position p is drawn with
-        ``uniform(seed, p)``, so a reply can be taken up again anywhere.
+        ``uniform(seed, p)``, so a reply can be taken up again anywhere. What the model thinks of each token is added to
+        ``scores`` before it is yielded.
         """
         ids = list(seen)
         while not (cancel is not None and cancel.is_set()):
+            logits = float32(logits)
             token = choose(logits, settings, seen=ids, seed=seed, position=len(ids))
             ids.append(token)
+            if scores is not None:
+                scores.append(score(logits, token))
             yield token
             logits = self.run_pass(live, [token])
 
@@ -363,18 +378,3 @@ def _threads(count: int) -> Iterator[None]:
     finally:
         if torch.get_num_threads() != before:
             torch.set_num_threads(before)
-
-
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that end a reply: those of the generation config, and the tokenizer's own."""
-    found: set[int] = set()
-    generation = getattr(model, "generation_config", None)
-    for value in (getattr(generation, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id):
-        found.update([value] if isinstance(value, int) else value or [])
-    return frozenset(found)
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":  # pragma: no cover - no such device where the tests run
-        return f"cuda {torch.cuda.get_device_name(device)}"
-    return device.type

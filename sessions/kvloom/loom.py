@@ -194,7 +194,7 @@ class KVLoom:
 
     def _create(self, name: str, system: str | None, source: str | None, options: Mapping[str, Any] | None) -> Session:
         from kvloom import template_file
-        from kvloom.branch import check_unicode
+        from kvloom.plaintext import check_unicode
         from kvloom.template import ChatTemplate
 
         names.check_name("session", name)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kvloom.choices import Choice
+
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
@@ -50,6 +52,7 @@ class Reply:
     """One finished run. ``turn`` is the id of the reply, or of the user's turn where nothing was generated.
 
     ``finish_reason``: "stop" (end of turn or a stop string), "length" (a limit was reached), "interrupted".
+    ``choice``: how the reply was chosen, if it was one of some that were given.
     """
 
     session: str
@@ -64,7 +67,11 @@ class Reply:
     seed: int | None = None
     restored: Restored = Restored()
     notices: tuple[str, ...] = ()
+    choice: Choice | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The object ``--json`` prints."""
-        return asdict(self)
+        """The object ``--json`` prints; it has a ``choice`` only where one was made."""
+        plain = asdict(self)
+        if self.choice is None:
+            del plain["choice"]
+        return plain

@@ -19,7 +19,9 @@ from kvloom.passes import schedule_of
 from kvloom.report import Reply, Restored, Seconds, Tokens
 from kvloom.resume import Account, hidden_bytes
 from kvloom.sampling import SamplingSettings, fresh_seed
+from kvloom.scores import TokenScore
 from kvloom.textstream import TextStream
+from kvloom_proto.scores import pack_scores
 from kvloom_store import refs, segments, trie, turns
 from kvloom_store.errors import RefConflict
 from kvloom_store.refs import Branch as BranchRow
@@ -146,11 +148,12 @@ class Run:
         """Generate until the reply ends; however it ends, what was generated is committed."""
         pieces: list[str] = []
         tokens: list[int] = []
+        scores: list[TokenScore] = []
         stream, first, last, reason, rest = self._stream(), None, 0.0, "interrupted", ""
         budget = min(self._settings.max_tokens, self._engine.context_limit - len(self._ids))
         started = live.length
         source = self._engine.generate(
-            live, logits, self._settings, seen=self._ids, seed=self._seed, cancel=self._options.cancel
+            live, logits, self._settings, seen=self._ids, seed=self._seed, cancel=self._options.cancel, scores=scores
         )
         try:
             for token in source:
@@ -180,8 +183,9 @@ class Run:
                 }
                 message = {"role": "assistant", "content": text}
                 ids, start = self._ids + tokens, len(self._ids)
+                settings = {**self._settings.to_plain(), "seed": self._seed, "reopened": stream.reopened}
                 turn, state = self._commit(
-                    live, turn, state, message, ids, start, passes, timings, reason, stream.reopened
+                    live, turn, state, message, ids, start, passes, timings, reason, settings, scores
                 )
             self._finish(turn, text, reason, account, tokens, began, first, last)
         if rest:
@@ -237,7 +241,8 @@ class Run:
         passes: Sequence[tuple[int, int]],
         timings: Mapping[str, Any],
         reason: str | None = None,
-        reopened: str = "",
+        settings: Mapping[str, Any] | None = None,
+        scores: Sequence[TokenScore] = (),
     ) -> tuple[Turn, TurnState]:
         """Add a turn whose tokens are ids[start:], move the branch to it, and hand its state to the writer.
 
@@ -252,7 +257,6 @@ class Run:
             state_start = state_end = tip.state_end if tip else 0
             hidden = None
         schedule = schedule_of(passes)
-        replied = reason is not None
         with loom.database.write() as conn:
             known = tip.position if tip is not None and start >= tip.end else None
             position = trie.extend(conn, root, ids, start_at=known)
@@ -262,9 +266,9 @@ class Run:
                 self._branch.session,
                 parent,
                 message,
-                continues=replied and self._continues,
+                continues=reason is not None and self._continues,
                 finish_reason=reason,
-                settings={**self._settings.to_plain(), "seed": self._seed, "reopened": reopened} if replied else {},
+                settings=settings,
                 timings=timings,
             )
             state = turns.add_state(
@@ -283,6 +287,7 @@ class Run:
                 hidden=hidden_bytes(hidden) if hidden is not None else None,
                 hidden_dtype=dtype_name(hidden.dtype) if hidden is not None else None,
                 variant=not self._options.reuse,
+                scores=pack_scores(scores[: len(ids) - start]) if scores else None,
             )
             self._move_branch(conn, turn)
         if live is None:

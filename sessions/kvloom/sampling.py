@@ -16,11 +16,12 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from kvloom.errors import EngineError, SessionError
+from kvloom.filters import float32, penalised, weighted
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MAX_SEED", "SamplingSettings", "choose", "fresh_seed", "logprob", "uniform"]
+__all__ = ["MAX_SEED", "SamplingSettings", "choose", "fresh_seed", "uniform"]
 
 MAX_SEED = 2**63 - 1  # a signed 64-bit column holds it in every database
 MAX_COUNT = 2**31 - 1
@@ -74,6 +75,7 @@ class SamplingSettings:
     top_k               keep the k most likely tokens, and those equal to the last of them; 0: off
     top_p               keep the fewest tokens whose probability adds up to p, at least one; 1: off
     min_p               keep tokens at least min_p times as likely as the most likely one; 0: off
+    typical_p           keep the fewest tokens of about the expected information that add up to p, at least one; 1: off
     repetition_penalty  above 1: tokens already in the text become less likely; 1: off
     seed                0 to 2**63-1; None: the caller draws one with ``fresh_seed`` and records it
     max_tokens          the reply ends after that many tokens
@@ -84,6 +86,7 @@ class SamplingSettings:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
     seed: int | None = None
     max_tokens: int = 512
@@ -97,6 +100,7 @@ class SamplingSettings:
         _count("top_k", self.top_k, 0, MAX_COUNT)
         put("top_p", _number("top_p", self.top_p, 0.0, 1.0))
         put("min_p", _number("min_p", self.min_p, 0.0, 1.0))
+        put("typical_p", _number("typical_p", self.typical_p, 0.0, 1.0))
         # Bounded, so that no finite float32 logit of a sane model becomes infinite.
         put("repetition_penalty", _number("repetition_penalty", self.repetition_penalty, 0.01, 100.0))
         if self.seed is not None:
@@ -152,7 +156,7 @@ def choose(
     """The next token id, given the logits of the last position (shape [vocab], any float dtype, unchanged).
 
     Applied in this order, which is that of transformers: repetition penalty over the ids in ``seen``
-    (shape [n]; repeats and ids outside the vocabulary are harmless), temperature, top-k, top-p, min-p.
+    (shape [n]; repeats and ids outside the vocabulary are harmless), temperature, top-k, top-p, min-p, typical-p.
     Then the first token, in order of token ids, at which the running sum of what is left exceeds
     ``uniform(seed, position)``. Greedy takes the lowest id among equals, after the penalty, and does
     not look at seed and position.
@@ -162,7 +166,7 @@ def choose(
     """
     import torch
 
-    scores = _penalised(_float32(logits), settings.repetition_penalty, seen)
+    scores = penalised(float32(logits), settings.repetition_penalty, seen)
     best = int(scores.argmax())  # documented to be the first of equals; a NaN counts as the largest
     top = float(scores[best])
     if not math.isfinite(top):
@@ -172,7 +176,7 @@ def choose(
         )
     if settings.temperature == 0.0:
         return best
-    ids, weights = _weights(scores, top, settings)
+    ids, weights = weighted(scores, top, settings)
     sums = weights.cumsum(0)
     target = sums[-1] * uniform(seed, position)
     # The first sum above the target belongs to a token of positive weight: the others add nothing.
@@ -180,106 +184,3 @@ def choose(
     if place == len(sums):  # the product was rounded up to the whole sum
         place = int(weights.nonzero()[-1])
     return place if ids is None else int(ids[place])
-
-
-def logprob(logits: torch.Tensor, token: int) -> float:
-    """Natural logarithm of the probability the model itself (temperature 1, no filters) gives ``token``.
-
-    ``logits`` has shape [vocab], any float dtype; EngineError if ``token`` is outside of it.
-    """
-    scores = _float32(logits).double()
-    if not 0 <= token < len(scores):
-        raise EngineError(f"token {token} is outside the vocabulary of {len(scores)}")
-    scores = scores - scores.max()
-    return float(scores[token] - scores.exp().cumsum(0)[-1].log())
-
-
-def _float32(logits: torch.Tensor) -> torch.Tensor:
-    """``logits`` as float32 [vocab] in main memory (the same tensor if it is that already)."""
-    import torch
-
-    if logits.dim() != 1 or len(logits) == 0 or not logits.is_floating_point():
-        raise EngineError(f"logits must be floats of shape [vocab], not {logits.dtype} {list(logits.shape)}")
-    # On the CPU whatever the model runs on: other devices break ties differently or have no float64.
-    return logits.detach().to("cpu", torch.float32)
-
-
-def _penalised(scores: torch.Tensor, penalty: float, seen: Sequence[int] | torch.Tensor) -> torch.Tensor:
-    """``scores`` (float32 [vocab]) with those of ``seen`` divided by ``penalty``, or multiplied if negative.
-
-    The formula of CTRL (arXiv 1909.05858, section 4.1) in the sign-aware form that transformers uses. A
-    token that occurs several times is penalised once.
-    """
-    import numpy
-    import torch
-
-    if penalty == 1.0:
-        return scores
-    if not isinstance(seen, torch.Tensor):
-        seen = torch.from_numpy(numpy.asarray(seen, numpy.int64))  # much faster than torch's own conversion
-    ids = seen.to("cpu", torch.int64).reshape(-1)
-    # Embeddings may have more rows than the output head; such ids cannot be sampled anyway.
-    ids = ids[(ids >= 0) & (ids < len(scores))]
-    found = scores[ids]
-    scores = scores.clone()  # the caller's logits stay as they are
-    scores[ids] = torch.where(found < 0, found * penalty, found / penalty)
-    return scores
-
-
-def _weights(scores: torch.Tensor, top: float, settings: SamplingSettings) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Token ids and their unnormalised probabilities, which are 1 for the most likely, 0 for removed tokens.
-
-    ``scores``: float32 [vocab], ``top`` its largest value, temperature above 0. The ids are int64 [n],
-    ascending, or None for the whole vocabulary; the probabilities are float64 [n], so that the last digit
-    of an ``exp``, which differs between CPUs, has next to no chance to decide about a token.
-    """
-    ids: torch.Tensor | None = None
-    if 0 < settings.top_k < len(scores):
-        # By value: tokens equal to the last one kept are kept too, as transformers does. The order in
-        # which topk returns equals would not be reproducible.
-        floor = scores.topk(settings.top_k).values[-1]
-        ids = (scores >= floor).nonzero().squeeze(1)
-        scores = scores[ids]
-    # The largest is subtracted before dividing: a tiny temperature then can't overflow.
-    weights = scores.double().sub_(top).div_(settings.temperature).exp_()
-    keep: torch.Tensor | None = None
-    if settings.top_p < 1.0:
-        keep = _nucleus(weights, settings.top_p)
-    if settings.min_p > 0.0:
-        # Min-p (arXiv 2407.01082): relative to the most likely token, whose weight is 1.
-        likely = weights >= settings.min_p
-        keep = likely if keep is None else keep & likely
-    return ids, weights if keep is None else weights * keep
-
-
-def _nucleus(weights: torch.Tensor, p: float) -> torch.Tensor:
-    """Which of ``weights`` (float64 [n]) belong to the smallest set of mass >= p of the whole: bool [n].
-
-    Nucleus sampling (arXiv 1904.09751). At least one is kept; of equals, those of lower index first.
-    """
-    import numpy
-    import torch
-
-    # Sums are numpy's, which uses one thread; the rounding of torch's depends on the number of threads.
-    band = weights.numpy()
-    target = float(band.sum()) * p
-    # The last weight that belongs to the set lies in the band; ``count`` others of mass ``above`` are
-    # larger than all of it. Halving it a few times costs a fifth of sorting a whole vocabulary.
-    count, above = 0, 0.0
-    while len(band) > 512:
-        upper = band >= band.mean()
-        high = band[upper]
-        if len(high) in (0, len(band)):  # all are equal
-            break
-        mass = float(high.sum())
-        if above + mass >= target:
-            band = high
-        else:
-            count, above, band = count + len(high), above + mass, band[~upper]
-    ordered = numpy.sort(band)[::-1]
-    place = min(int(numpy.searchsorted(above + ordered.cumsum(), target)), len(ordered) - 1)
-    last = float(ordered[place])
-    keep = weights > last
-    equal = (weights == last).nonzero().squeeze(1)
-    keep[equal[: count + place + 1 - int(torch.count_nonzero(keep))]] = True
-    return keep

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvloom.branch import Branch
 from kvloom.errors import NothingToDo, RefNotFound
+from kvloom_proto.scores import TokenScore, read_scores
 from kvloom_store import cut, refs, spans, trie, turns
 from kvloom_store.names import MAIN, Ref, parse_ref
 from kvloom_store.refs import SessionRow
@@ -141,6 +142,21 @@ class Session:
             shown[-1], text=text, tokens=tokens, finish_reason=reason, branches=(), tags=(), cut=True, score=None
         )
         return [*shown[:-1], last]
+
+    def token_scores(self, at: TreeTurn | str | None = None) -> tuple[TokenScore, ...]:
+        """What the model thought of each token of the turn at a ref (None: main), up to its token, if it names one.
+
+        Read now; listing turns reads none. () of a turn that no model generated here.
+        """
+        ref = self._ref(at.id if isinstance(at, TreeTurn) else at)
+        with self._loom.database.read() as conn:
+            point = refs.resolve(conn, ref)
+            states = turns.states_of(conn, [point.turn]) if point.turn is not None else []
+        state = next((each for each in states if each.scores is not None), None)
+        if state is None or state.scores is None:
+            return ()
+        kept = at.tokens if isinstance(at, TreeTurn) else (point.token or state.end) - state.start
+        return read_scores(state.scores, state.tokens)[:kept]
 
     @cached_property
     def tokenizer(self) -> Decoder | None:

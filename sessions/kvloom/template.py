@@ -5,9 +5,7 @@ message, less the rendering of history; only that difference is tokenised, and i
 the model has already seen. Where a template rewrites history (Qwen3 drops the reasoning of earlier
 replies) the longest stretch that still holds is kept, and ``Prompt.rewritten`` says so.
 
-Text in messages stays text: a user who types ``<|im_end|>`` gets those ten characters, not the token.
-Before rendering, every added token's text inside a message is broken by a marker character; the rendering
-is tokenised in pieces cut at the markers, which are dropped.
+Text in messages stays text: a user who types ``<|im_end|>`` gets those ten characters, not the token (``plaintext``).
 
 Importing this module loads neither torch nor transformers.
 """
@@ -16,16 +14,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import lru_cache
 from typing import Any
 
 import msgpack
 
-from kvloom.errors import InvalidText, SessionError
+from kvloom.errors import SessionError
+from kvloom.plaintext import added_text, added_tokens, broken, encode, free_marker
 
 Message = dict[str, Any]
 """One message as a chat template is given it: ``role``, ``content``, perhaps ``tool_calls`` and others."""
@@ -138,9 +135,9 @@ class ChatTemplate:
         """`render` with markers left where messages hold the text of an added token."""
         from transformers.utils import chat_template_utils as hf
 
-        added = _added(tokenizer)
-        marked = [m if m.get("role") == "assistant" else _break(m, added, marker) for m in messages]
-        options = {k: _break(v, added, marker) if k in _FOREIGN else v for k, v in self.options.items()}
+        added = added_tokens(tokenizer)
+        marked = [m if m.get("role") == "assistant" else broken(m, added, marker) for m in messages]
+        options = {k: broken(v, added, marker) if k in _FOREIGN else v for k, v in self.options.items()}
         # apply_chat_template turns every callable among its variables into a string, and the date it shows
         # is always the present one; so this is what it does, with the clock handed in. A test compares.
         variables = {
@@ -201,7 +198,7 @@ def extend(
     marker = _marker(template, messages)
     full = template._render(tokenizer, messages, add_generation_prompt=True, marker=marker)
     if not parent:
-        return Prompt(tuple(_encode(tokenizer, full, marker, None)), 0, False)
+        return Prompt(tuple(encode(tokenizer, full, marker, None)), 0, False)
 
     replied = bool(history) and history[-1].get("role") == "assistant"
     before = history[:-1] if replied else history
@@ -214,12 +211,44 @@ def extend(
         said = parent[reply_start:] if reply_start is not None else ()
         rest = _after_reply(tokenizer, full[len(seen) :], history[-1], said, parent[-1], eos_ids)
         if rest is not None:
-            return Prompt((*parent, *_encode(tokenizer, rest, marker, parent[-1])), len(parent), False)
+            return Prompt((*parent, *encode(tokenizer, rest, marker, parent[-1])), len(parent), False)
 
     keep, start = _aligned(tokenizer, full, seen, parent, reply_start if replied else None, marker)
-    ids = (*parent[:keep], *_encode(tokenizer, full[start:], marker, parent[keep - 1] if keep else None))
+    ids = (*parent[:keep], *encode(tokenizer, full[start:], marker, parent[keep - 1] if keep else None))
     kept = _common(ids, parent)
     return Prompt(ids, kept, kept < len(parent))
+
+
+def reply_ids(
+    template: ChatTemplate,
+    tokenizer: Any,
+    history: Sequence[Message],
+    prompt_ids: Sequence[int],
+    text: str,
+    *,
+    eos_ids: frozenset[int],
+) -> list[int]:
+    """Token ids of a reply that says ``text``, as the template writes it, with the token of ``eos_ids`` that ends it.
+
+    ``prompt_ids`` are the tokens of ``history``, generation prompt included. Where the template ends replies with no
+    such token, neither does this one. Raises InvalidText, and SessionError where the template refuses.
+    """
+    marker = _marker(template, [*history, {"text": text}])
+    # What ends a reply may be what begins the next message (GLM).
+    messages = [*history, {"role": "assistant", "content": marker + text + marker}, {"role": "user", "content": "."}]
+    seen = template.render(tokenizer, history, add_generation_prompt=True)
+    full = template.render(tokenizer, messages, add_generation_prompt=False)
+    same = _common(full, seen)
+    parts = full[same:].split(marker)
+    lead, _, rest = parts if len(parts) == 3 else ("", "", full[same:])  # some templates take a text apart
+    # What stands before the text belongs to it ("<|channel|>final<|message|>", or a space after "[/INST]"), unless it
+    # is for another prompt than this one. Text that begins with a space of its own keeps that one.
+    if same < len(seen) or (text[:1].isspace() and not lead.strip()):
+        lead = ""
+    added = added_tokens(tokenizer)
+    end = next((token for _, token in added.controls(rest)), None)
+    ids = encode(tokenizer, lead + broken(text, added, marker), marker, prompt_ids[-1] if prompt_ids else None)
+    return [*ids, end] if end in eos_ids else ids
 
 
 def _after_reply(
@@ -240,7 +269,7 @@ def _after_reply(
     if form is None:
         return None
     rest = text[len(form) :]
-    end = _text(tokenizer, last) if last in eos_ids else ""
+    end = added_text(tokenizer, last) if last in eos_ids else ""
     for text in (rest, rest.lstrip()):  # Llama 2 puts a space before it
         if end and text.startswith(end):
             return text[len(end) :]
@@ -267,7 +296,7 @@ def _aligned(
     same = _common(full, seen)
     if reply_start is not None and seen and same == len(seen):
         return reply_start, same
-    added = _added(tokenizer)
+    added = added_tokens(tokenizer)
     ids = frozenset(added.ids.values())
     positions = (i for i, token in enumerate(parent[:reply_start]) if token in ids)
     keep = start = 0
@@ -283,145 +312,10 @@ def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-# --- text that is only text ---
-
-
 def _marker(template: ChatTemplate, messages: Sequence[Message]) -> str:
     """A private-use character that neither the template nor its options nor the messages hold."""
     text = json.dumps([template.source, dict(template.options), messages], ensure_ascii=False, default=repr)
-    marker = next((c for c in map(chr, range(0xE000, 0xF900)) if c not in text), None)
-    if marker is None:
-        raise InvalidText("the text uses every private-use character there is")
-    return marker
-
-
-@dataclass(frozen=True, slots=True)
-class _Added:
-    """The tokens that user text must not reach: ``ids`` by text, and what finds them fast in a text."""
-
-    ids: Mapping[str, int]
-    folded: frozenset[str]  # their texts in lower case, since some tokenizers fold the case
-    beginnings: frozenset[str]  # every proper beginning of those
-    lengths: tuple[int, ...]  # the longest first
-    first: re.Pattern[str]  # a character that begins one
-
-    def controls(self, text: str) -> Iterator[tuple[int, int]]:
-        """(end, token id) of every token that a tokenizer finds in ``text``: leftmost, then longest."""
-        done = 0
-        for at in (match.start() for match in self.first.finditer(text)):
-            end = next((at + n for n in self.lengths if text[at : at + n] in self.ids), 0)
-            if at >= done and end:
-                done = end
-                yield end, self.ids[text[at:end]]
-
-    def forged(self, text: str) -> Iterator[int]:
-        """Where in ``text`` a token begins, overlapping or not. The end counts where it is a token's
-        beginning, since a template could put the rest of the token after it."""
-        stem = text.rstrip()
-        for at in (match.start() for match in self.first.finditer(text)):
-            whole = any(text[at : at + n].lower() in self.folded for n in self.lengths)
-            if whole or stem[at:].lower() in self.beginnings:
-                yield at
-
-
-def _added(tokenizer: Any) -> _Added:
-    """All added tokens, special or not, but for runs of whitespace and single characters.
-
-    Gemma and others add "\\n\\n" or "▁▁" to their vocabulary as ordinary text: breaking those would make
-    ordinary text unusual to the model, and nothing can be forged with them.
-    """
-    vocab: dict[str, int] = tokenizer.get_added_vocab()
-    return _index(tuple((t, i) for t, i in vocab.items() if len(t) > 1 and t.strip(" \t\r\n▁")))
-
-
-@lru_cache(maxsize=8)
-def _index(ids: tuple[tuple[str, int], ...]) -> _Added:
-    folded = frozenset(text.lower() for text, _ in ids)
-    firsts = {c for text, _ in ids for c in (text[0], text[0].lower(), text[0].upper())}
-    return _Added(
-        ids=dict(ids),
-        folded=folded,
-        beginnings=frozenset(text[:n] for text in folded for n in range(1, len(text))),
-        lengths=tuple(sorted({len(text) for text, _ in ids}, reverse=True)),
-        first=re.compile("|".join(map(re.escape, sorted(firsts))) or "(?!)"),
-    )
-
-
-def _break(value: Any, added: _Added, marker: str) -> Any:
-    """``value`` with a marker after the first character of every added token's text in its strings.
-
-    A key that is a plain word stays as it is, and so does such a role, since templates look for them. Other keys
-    are text as well: tools name their parameters, and templates write those names.
-    """
-    if isinstance(value, str):
-        cuts = [at + 1 for at in added.forged(value)]
-        return marker.join(value[a:b] for a, b in zip([0, *cuts], [*cuts, len(value)], strict=True))
-    if isinstance(value, Mapping):
-        pairs = ((key if _is_word(key) else _break(key, added, marker), item) for key, item in value.items())
-        return {k: v if k == "role" and _is_word(v) else _break(v, added, marker) for k, v in pairs}
-    if isinstance(value, list | tuple):
-        return [_break(item, added, marker) for item in value]
-    return value
-
-
-def _is_word(value: Any) -> bool:
-    return isinstance(value, str) and value.isidentifier()
-
-
-# --- text to token ids ---
-
-
-def _encode(tokenizer: Any, text: str, marker: str, before: int | None) -> list[int]:
-    """Token ids of rendered ``text``, as they would be in context after the token ``before``.
-
-    ``before`` None means that the text starts here. Control tokens are recognised, except where a marker
-    breaks them; the markers themselves give no tokens.
-    """
-    first, *others = text.split(marker)
-    guard = "" if before is None else _text(tokenizer, before)
-    if before is None:
-        ids = _plain(tokenizer, first)
-    elif not guard:
-        ids = _continue(tokenizer, first)
-    else:
-        # SentencePiece kinds may or may not put a space before text that follows a control token, and a
-        # control token may swallow the whitespace after it: tokenise with that very token in front.
-        ids = _plain(tokenizer, guard + first)
-        ids = ids[1:] if ids[:1] == [before] else _plain(tokenizer, first)
-    for piece in others:
-        ids += _continue(tokenizer, piece)
-    return ids
-
-
-def _continue(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of ``text`` that goes on after plain text: without the space that starts a text.
-
-    A neutral character goes in front, and its tokens are taken off; where they have merged with the text,
-    another one is tried.
-    """
-    for neutral in ("\n", "a", ".", "\t"):
-        front, ids = _plain(tokenizer, neutral), _plain(tokenizer, neutral + text)
-        if ids[: len(front)] == front:
-            return ids[len(front) :]
-    return _plain(tokenizer, text)
-
-
-def _plain(tokenizer: Any, text: str) -> list[int]:
-    if not text:
-        return []
-    try:
-        text.encode()
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    except UnicodeEncodeError as error:
-        raise InvalidText(
-            f"not valid Unicode: {error.reason}", hint="the text holds half of a surrogate pair"
-        ) from error
-    return [int(i) for i in ids]
-
-
-def _text(tokenizer: Any, token: int) -> str:
-    """The text of an added token, "" for every other one."""
-    return next((text for text, i in tokenizer.get_added_vocab().items() if i == token), "")
+    return free_marker(text)
 
 
 def _canonical(value: Any) -> Any:

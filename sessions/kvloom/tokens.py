@@ -123,10 +123,11 @@ def pieces(tokenizer: Decoder, ids: Sequence[int]) -> list[str]:
 
     Decoders treat the first token they see differently (its leading space), so each is decoded after the one before.
     """
-    return [_piece(tokenizer, ids[max(0, at - 1) : at], ids[at]) for at in range(len(ids))]
+    return [piece(tokenizer, ids[max(0, at - 1) : at], ids[at]) for at in range(len(ids))]
 
 
-def _piece(tokenizer: Decoder, before: Sequence[int], token: int) -> str:
+def piece(tokenizer: Decoder, before: Sequence[int], token: int) -> str:
+    """The text of one token where the token ``before`` it is there (none at the very beginning)."""
     alone = text_of(tokenizer, [token])
     head, both = text_of(tokenizer, before), text_of(tokenizer, [*before, token])
     return both[len(head) :] or alone if both.startswith(head) else alone

@@ -12,6 +12,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from kvloom_proto.records import Schedule
+from kvloom_proto.scores import pack_scores, read_scores
 from kvloom_store import trie, turns
 from kvloom_store.schema import branch, tag, turn, turn_state
 from kvloom_store.turns import Turn, TurnState
@@ -65,8 +66,13 @@ def add(
         provenance=state.provenance,
         hidden=None,
         hidden_dtype=None,
+        scores=_first_scores(state, token - state.start),
     )
     return made
+
+
+def _first_scores(state: TurnState, count: int) -> bytes | None:
+    return None if state.scores is None else pack_scores(read_scores(state.scores, state.tokens)[:count])
 
 
 def _find(conn: sa.Connection, original: Turn, state: TurnState, token: int) -> Turn | None:

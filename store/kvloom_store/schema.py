@@ -168,6 +168,7 @@ turn_state = _table(
     _text("hidden_dtype", nullable=True),
     _int("variant"),
     _int("created"),
+    _bytes("scores", nullable=True),
 )
 """What one model made of a turn: the exact token ids, where they stand in the trie, how their state was computed."""
 

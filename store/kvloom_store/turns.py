@@ -55,6 +55,7 @@ class TurnState:
     by ``schedule`` over positions [state_start, state_end), on top of ``base_state``'s segment (of another turn), or
     of ``base_segment``. state_end is end, or one less where the last token is pending. ``segment`` is None
     until the state is stored. ``hidden`` is the final hidden state at state_end - 1, as raw little-endian bytes.
+    ``scores`` are what the model thought of ``tokens`` if it generated them, packed (``kvloom_proto.scores``).
     """
 
     row: int
@@ -74,6 +75,7 @@ class TurnState:
     hidden: bytes | None
     hidden_dtype: str | None
     variant: bool
+    scores: bytes | None = None
 
 
 def chained_digest(parent: bytes, message: Mapping[str, Any]) -> bytes:
@@ -191,6 +193,7 @@ def add_state(
     hidden: bytes | None,
     hidden_dtype: str | None,
     variant: bool = False,
+    scores: bytes | None = None,
 ) -> TurnState:
     """Note what a model made of a turn; ``segment`` comes later, with the state (``set_segment``)."""
     values = {
@@ -213,6 +216,7 @@ def add_state(
         "hidden_dtype": hidden_dtype,
         "variant": int(variant),
         "created": now_us(),
+        "scores": scores,
     }
     insert(conn, turn_state, values)
     return _state(values)
@@ -237,6 +241,7 @@ def _state(values: Mapping[str, Any]) -> TurnState:
         values["hidden"],
         values["hidden_dtype"],
         bool(values["variant"]),
+        values["scores"],
     )
 
 

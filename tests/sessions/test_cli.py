@@ -62,10 +62,12 @@ class TestSay:
 
     def test_sampling_options_are_recorded_with_the_turn(self, kvloom: Command) -> None:
         options = ["--temperature", "0.7", "--top-k", "9", "--top-p", "0.9", "--min-p", "0.01", "--seed", "5"]
-        options += ["--repetition-penalty", "1.1", "--max-tokens", "3", "--stop", "zq", "--stop", "qz"]
+        options += ["--typical-p", "0.95", "--repetition-penalty", "1.1", "--max-tokens", "3"]
+        options += ["--stop", "zq", "--stop", "qz"]
         kvloom("say", "trip", "hello", *options)
         settings = kvloom("show", "trip", "--json").json["turn"]["settings"]
-        for option in ("temperature", "top_k", "top_p", "min_p", "seed", "repetition_penalty", "max_tokens"):
+        numbers = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "repetition_penalty", "max_tokens")
+        for option in numbers:
             value = options[options.index("--" + option.replace("_", "-")) + 1]
             assert settings[option] == float(value)
         assert settings["stop"] == ["zq", "qz"]
@@ -403,10 +405,12 @@ class TestStartingFast:
             (["ls"], ["rich.console", "prompt_toolkit"]),
             (["log", "trip"], ["prompt_toolkit"]),
             (["log", "trip:30"], ["prompt_toolkit"]),
+            (["log", "trip", "--scores"], ["prompt_toolkit"]),
             (["show", "trip:30", "--tokens"], ["prompt_toolkit"]),
             (["fork", "trip:30", "b"], ["prompt_toolkit"]),
             (["tree", "trip"], ["prompt_toolkit"]),
             (["show", "trip@main~2"], ["prompt_toolkit"]),
+            (["show", "trip", "--scores"], ["prompt_toolkit"]),
             (["config"], ["sqlalchemy"]),
         ],
     )

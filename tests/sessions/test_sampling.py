@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import msgpack
 import pytest
@@ -18,26 +19,24 @@ from transformers.generation.logits_process import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from kvloom.errors import EngineError, SessionError
+from kvloom.filters import float32, penalised, weighted
 from kvloom.sampling import (
     MAX_SEED,
     SamplingSettings,
-    _float32,
-    _penalised,
-    _weights,
     choose,
     fresh_seed,
-    logprob,
     uniform,
 )
 
 
 def distribution(logits: torch.Tensor, chosen: SamplingSettings, seen: list[int]) -> torch.Tensor:
     """Probabilities (float64 [vocab]) that choose draws from."""
-    scores = _penalised(_float32(logits), chosen.repetition_penalty, seen)
-    ids, weights = _weights(scores, float(scores.max()), chosen)
+    scores = penalised(float32(logits), chosen.repetition_penalty, seen)
+    ids, weights = weighted(scores, float(scores.max()), chosen)
     full = torch.zeros(len(logits), dtype=torch.float64)
     if ids is None:
         full = weights
@@ -59,6 +58,8 @@ def by_transformers(logits: torch.Tensor, chosen: SamplingSettings, seen: list[i
         steps.append(TopPLogitsWarper(chosen.top_p))
     if chosen.min_p > 0.0:
         steps.append(MinPLogitsWarper(chosen.min_p))
+    if chosen.typical_p < 1.0:
+        steps.append(TypicalLogitsWarper(chosen.typical_p))
     # In float64, so that rounding does not decide what is kept.
     scores = steps(torch.tensor([seen], dtype=torch.int64), logits.double()[None])
     return scores[0].softmax(-1)
@@ -129,6 +130,66 @@ def test_min_p_is_that_of_transformers(case, p, temperature):
     same(distribution(logits, chosen, seen), by_transformers(logits, chosen, seen))
 
 
+def typicality(probabilities: torch.Tensor) -> torch.Tensor:
+    """How far the information of each token that is possible lies from the entropy (float64)."""
+    held = probabilities[probabilities > 0]
+    return (-held.log() - float((-held.log() * held).sum())).abs()
+
+
+def clear_of_the_typical_edge(probabilities: torch.Tensor, p: float) -> bool:
+    """The same of the typical set: neither its mass nor the order of its members hangs on rounding."""
+    order = typicality(probabilities).sort()
+    sums = probabilities[probabilities > 0][order.indices].cumsum(0)
+    apart = bool((order.values.diff() > 1e-9).all()) and bool(((sums - p).abs() > 1e-6).all())
+    return apart and float(probabilities[probabilities > 0].min()) > 1e-200
+
+
+@given(cases(), st.floats(0.001, 0.9999), temperatures)
+def test_typical_p_is_that_of_transformers(case, p, temperature):
+    logits, seen = case
+    chosen = SamplingSettings(temperature=temperature, typical_p=p)
+    plain = distribution(logits, SamplingSettings(temperature=temperature), seen)
+    assume(clear_of_the_typical_edge(plain, p))
+    ours = distribution(logits, chosen, seen)
+    same(ours, by_transformers(logits, chosen, seen))
+    # and by its definition: what was left out is less typical than all that is kept, of which p of the whole needs each
+    far, kept = typicality(plain), ours > 0
+    assert bool(kept.all()) or float(far[kept].max()) < float(far[~kept].min())
+    assert float(plain[kept].sum()) >= p
+    assert int(kept.sum()) == 1 or float(plain[kept].sum()) - float(plain[kept][far[kept].argmax()]) < p
+
+
+@pytest.mark.parametrize("size", [10, 5000])
+def test_typical_p_keeps_those_as_typical_as_the_last(size):
+    chosen = SamplingSettings(temperature=1.0, typical_p=0.3)
+    assert bool((distribution(torch.zeros(size), chosen, []) > 0).all())
+
+
+def test_typical_p_may_leave_out_the_likeliest():
+    probabilities = torch.tensor([0.4, *[0.6 / 30] * 30])
+    kept = distribution(probabilities.log(), SamplingSettings(temperature=1.0, typical_p=0.5), []) > 0
+    assert kept.tolist() == [False, *[True] * 30]
+    same(
+        distribution(probabilities.log(), SamplingSettings(temperature=1.0, typical_p=0.5), []),
+        by_transformers(probabilities.log(), SamplingSettings(temperature=1.0, typical_p=0.5), []),
+    )
+
+
+@given(st.integers(0, 2**32), st.floats(0.01, 0.999), st.sampled_from([0.3, 2.0, 8.0]))
+def test_typical_p_of_a_large_vocabulary(seed, p, spread):
+    logits = torch.randn(20_000, generator=torch.Generator().manual_seed(seed)) * spread
+    plain = distribution(logits, SamplingSettings(temperature=0.8), [])
+    order = typicality(plain).sort()
+    sums = plain[order.indices].cumsum(0)
+    at = int((sums < p).sum())
+    assume(bool(((sums - p).abs() > 1e-12).all()))
+    assume(bool((order.values[max(0, at - 2) : at + 3].diff() > 1e-12).all()))
+    expected = torch.zeros(len(plain), dtype=torch.bool)
+    expected[order.indices[: at + 1]] = True
+    ours = distribution(logits, SamplingSettings(temperature=0.8, typical_p=p), []) > 0
+    assert torch.equal(ours, expected)
+
+
 @given(
     cases(), temperatures, st.integers(0, 100), st.floats(0.05, 1.0), st.floats(0.0, 0.5), st.sampled_from([1.0, 1.3])
 )
@@ -139,7 +200,12 @@ def test_all_together_are_those_of_transformers(case, temperature, k, p, min_p, 
     plain = distribution(logits, before, seen)
     assume(clear_of_the_edge(plain, p) or p == 1.0)
     assume(bool(((plain / plain.max() - min_p).abs() > 1e-6).all()))
-    same(distribution(logits, chosen, seen), by_transformers(logits, chosen, seen))
+    left = distribution(logits, chosen, seen)
+    same(left, by_transformers(logits, chosen, seen))
+    # transformers takes the typical set of what the other filters have left
+    if clear_of_the_typical_edge(left, 0.7):
+        typical = replace(chosen, typical_p=0.7)
+        same(distribution(logits, typical, seen), by_transformers(logits, typical, seen))
 
 
 def test_top_k_keeps_those_equal_to_the_last():
@@ -204,6 +270,7 @@ def test_fresh_seeds_are_valid_and_differ():
     [
         SamplingSettings(temperature=1.0),
         SamplingSettings(temperature=0.7, top_k=5, top_p=0.9, min_p=0.05, repetition_penalty=1.2),
+        SamplingSettings(temperature=1.1, typical_p=0.6),
     ],
 )
 def test_samples_follow_the_distribution(chosen):
@@ -232,7 +299,7 @@ def test_greedy_takes_the_lowest_of_equals_and_heeds_the_penalty():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_every_float_type_counts_as_float32(dtype):
+def test_every_float_type_counts_asfloat32(dtype):
     logits = torch.randn(300, generator=torch.Generator().manual_seed(1)).to(dtype)
     for chosen in (SamplingSettings(), SamplingSettings(temperature=1.0, top_p=0.9)):
         for position in range(20):
@@ -267,6 +334,7 @@ def test_ruled_out_tokens_are_never_drawn():
         SamplingSettings(temperature=1.0),
         SamplingSettings(temperature=1.0, top_k=4),
         SamplingSettings(temperature=1e-300, top_p=0.0, min_p=1.0),
+        SamplingSettings(temperature=1.0, typical_p=0.0),
     ):
         for position in range(50):
             assert choose(logits, chosen, seen=[], seed=0, position=position) == 3
@@ -293,6 +361,7 @@ for chosen in (
     SamplingSettings(),
     SamplingSettings(temperature=1.0),
     SamplingSettings(temperature=1.2, top_p=0.97),
+    SamplingSettings(temperature=1.2, typical_p=0.9),
     SamplingSettings(temperature=0.9, top_k=3000, top_p=0.9, min_p=0.01, repetition_penalty=1.1),
 ):
     print([choose(logits, chosen, seen=range(500), seed=9, position=n) for n in range(30)])
@@ -306,16 +375,8 @@ def test_the_thread_count_does_not_matter():
         return subprocess.run(command, env=env, check=True, capture_output=True, text=True, timeout=120).stdout
 
     one = tokens(1)
-    assert one.count("\n") == 4
+    assert one.count("\n") == 5
     assert tokens(3) == one
-
-
-def test_logprob():
-    logits = torch.randn(500, generator=torch.Generator().manual_seed(0))
-    expected = logits.double().log_softmax(0)
-    assert logprob(logits, 7) == pytest.approx(float(expected[7]), abs=1e-12)
-    with pytest.raises(EngineError, match="vocabulary"):
-        logprob(logits, 500)
 
 
 @pytest.mark.parametrize(
@@ -335,6 +396,8 @@ def test_logprob():
         ("top_p", math.nan),
         ("min_p", 2),
         ("min_p", None),
+        ("typical_p", 1.5),
+        ("typical_p", math.nan),
         ("repetition_penalty", 0.0),
         ("repetition_penalty", math.nan),
         ("seed", -1),
@@ -362,7 +425,14 @@ def test_settings_out_of_range_are_refused_by_name(field, value):
 
 def test_settings_survive_plain_data():
     chosen = SamplingSettings(
-        temperature=1, top_k=40, top_p=0.9, min_p=0.05, repetition_penalty=1.1, seed=MAX_SEED, stop=("\n", "User:")
+        temperature=1,
+        top_k=40,
+        top_p=0.9,
+        min_p=0.05,
+        typical_p=0.8,
+        repetition_penalty=1.1,
+        seed=MAX_SEED,
+        stop=("\n", "User:"),
     )
     packed = msgpack.packb(chosen.to_plain())
     assert SamplingSettings.from_plain(msgpack.unpackb(packed)) == chosen

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from kvloom.cli.common import Options, parse, reading, ref_argument, shared, short_ids
+from kvloom.cli.scores import show_scores, summary, told
 from kvloom.cli.terminal import (
     clean,
     columns,
@@ -117,13 +118,18 @@ def _branch_json(name: str, tip: TreeTurn | None, depth: dict[str, int]) -> dict
 @shared
 @ref_argument()
 @click.option("-n", "--last", type=click.IntRange(1), metavar="N", help="Only the last N turns.")
-def log(options: Options, ref: str, last: int | None) -> None:
+@click.option("--scores", is_flag=True, help="Add how likely the model thought each reply.")
+def log(options: Options, ref: str, last: int | None, scores: bool) -> None:
     """Show what was said, from the first turn down to REF (default: the branch main), or to its token.
+
+    With --scores, each reply's mean log-probability (nats a token) and perplexity: how many equally likely tokens
+    the model was choosing from, as it were.
 
     \b
     Example:
       kvloom log trip
       kvloom log trip@main~2 --last 4
+      kvloom log trip --scores
       kvloom log trip@main:90
     """
     at, point = parse(ref)
@@ -133,21 +139,28 @@ def log(options: Options, ref: str, last: int | None) -> None:
         turns = session.log(point)
         if found.token is not None and session.tokenizer is None:
             warn(f"{no_tokenizer(session.settings)}, so the text of the last turn is shown whole")
+        turns = turns[-last:] if last else turns
+        thought = {turn.id: session.token_scores(turn) for turn in turns if turn.role == "assistant"} if scores else {}
         with reader.database.read() as conn:
             short = short_ids(conn, session.row.row)
-    turns = turns[-last:] if last else turns
     branch = found.branch.name if found.branch else None
     if options.json:
-        return print_json({"session": session.name, "branch": branch, "turns": [turn_json(t) for t in turns]})
-    return print_turns(turns, short)
+        told_of = {turn: summary(each) for turn, each in thought.items()}
+        listed = [turn_json(turn) | told_of.get(turn.id, {}) for turn in turns]
+        return print_json({"session": session.name, "branch": branch, "turns": listed})
+    return print_turns(turns, short, {turn: told(each) for turn, each in thought.items()})
 
 
-def print_turns(turns: Sequence[TreeTurn], short: Callable[[str | None], str]) -> None:
-    """Turns in full, one after another."""
+def print_turns(
+    turns: Sequence[TreeTurn], short: Callable[[str | None], str], remarks: Mapping[str, str] | None = None
+) -> None:
+    """Turns in full, one after another, some with a remark behind them (by turn)."""
     if not turns:
         dim("nothing was said yet")
     for number, turn in enumerate(turns):
         _print_turn(turn, short(turn.id), first=number == 0)
+        if remarks and remarks.get(turn.id):
+            click.echo(click.style(remarks[turn.id], dim=True))
 
 
 def turn_json(turn: TreeTurn) -> dict[str, Any]:
@@ -178,22 +191,31 @@ def _print_turn(turn: TreeTurn, short: str, *, first: bool) -> None:
 @shared
 @ref_argument(metavar="REF")
 @click.option("--tokens", is_flag=True, help="Show the tokens around the point that REF names.")
+@click.option("--scores", is_flag=True, help="Show what the model thought of each token of the turn.")
 @click.option("--around", type=click.IntRange(1), default=16, metavar="N", help="So many on each side (default 16).")
-def show(options: Options, ref: str, tokens: bool, around: int) -> None:
+def show(options: Options, ref: str, tokens: bool, scores: bool, around: int) -> None:
     """Show the turn that REF names in full: text, tokens, settings, timings, and how its state was computed.
 
     With --tokens, show which token stands where: REF:90 keeps those at positions 0 to 89, and the next one
     will stand at position 90.
 
+    With --scores, show how likely the model thought each token of a reply, at temperature 1 and before any filter:
+    its probability, the entropy of the choice (nats; 0: no doubt), and the likeliest others in its place.
+
     \b
     Example:
       kvloom show trip@main~1
+      kvloom show trip --scores
       kvloom show trip@3f2a --json
       kvloom show trip@main:90 --tokens
     """
-    at, _ = parse(ref)
+    at, point = parse(ref)
+    if tokens and scores:
+        raise click.UsageError("--tokens and --scores exclude each other")
     if tokens:
         return show_tokens(options, at, around)
+    if scores:
+        return show_scores(options, at, point)
     from kvloom_store import turns
 
     with reading(options) as reader:

@@ -13,7 +13,7 @@ import click
 
 from kvloom.cli.common import F, Options, ref_argument, shared
 from kvloom.cli.opening import Talk, model_options, new_session_options, talking
-from kvloom.cli.terminal import clean, dim, print_json, seconds, stdout_is_terminal, warn
+from kvloom.cli.terminal import clean, dim, preview, print_json, seconds, stdout_is_terminal, warn
 
 if TYPE_CHECKING:
     from kvloom.report import Reply
@@ -32,6 +32,12 @@ def sampling_options(command: F) -> F:
             click.option("--top-p", type=float, metavar="P", help="Choose among those that make up P of the whole."),
             click.option(
                 "--min-p", type=float, metavar="P", help="Only tokens at least P times as likely as the best."
+            ),
+            click.option(
+                "--typical-p",
+                type=float,
+                metavar="P",
+                help="Choose among tokens about as surprising as expected, which make up P of the whole.",
             ),
             click.option("--repetition-penalty", type=float, metavar="R", help="Above 1: repeat less."),
             click.option("--seed", type=int, metavar="N", help="The same seed gives the same reply."),
@@ -61,40 +67,54 @@ def sampling(values: dict[str, Any]) -> dict[str, Any]:
 @new_session_options
 @model_options
 @sampling_options
+@click.option("--choices", metavar="A,B,C", help="Reply with the likeliest of these texts: nothing is sampled.")
+@click.option("--choice", "single", multiple=True, metavar="TEXT", help="One more of them; it may hold commas.")
 @click.option("--no-reuse", is_flag=True, help="Load no stored state: compute everything anew.")
 @click.option("--require-reuse", is_flag=True, help="Fail unless the whole stored prefix is reused.")
-def say(options: Options, ref: str, text: str, no_reuse: bool, **values: Any) -> None:
+def say(options: Options, ref: str, text: str, choices: str | None, single: tuple[str, ...], **values: Any) -> None:
     """Say TEXT at REF and print the reply as it comes. A new SESSION is made; "-" reads TEXT from stdin.
 
     On a branch, the branch moves on. At a turn, a tag, a token or SESSION@BRANCH~N, a new branch is made.
     Ctrl-C stops the reply; what was said is kept, and "kvloom continue" goes on with it.
 
+    With --choices (or --choice, once for each) the model chooses: how likely it is to begin its reply with each is
+    told, the likeliest becomes the reply, and the others are not kept.
+
     \b
     Example:
       kvloom say trip "Name a city in Italy." --system "You are brief."
       kvloom say trip@main~2 "Name a city in Spain."
+      kvloom say trip "Is Rome larger than Milan?" --choices Yes,No
       cat notes.txt | kvloom say notes - --max-tokens 100 --json
     """
-    if no_reuse and values["require_reuse"]:
+    if values["no_reuse"] and values["require_reuse"]:
         raise click.UsageError("--no-reuse and --require-reuse exclude each other")
     settings = sampling(values)
+    texts = _choices(choices, single)
+    if texts and settings:
+        raise click.UsageError(f"--{next(iter(settings)).replace('_', '-')} is for replies that are not chosen")
     said = _text(text)
-    required = values["require_reuse"]
+    reuse: dict[str, Any] = {"reuse": not values["no_reuse"], "require_reuse": values["require_reuse"]}
 
     begun = {name: values[name] for name in ("system", "chat_template", "model", "dtype")}
     with talking(options, ref, create=True, **begun) as talk:
-        finish(
-            options,
-            talk,
-            lambda cancel: talk.branch.stream(
-                said,
-                reuse=not no_reuse,
-                require_reuse=required,
-                cancel=cancel,
-                progress=talk.progress.passes,
-                **settings,
-            ),
-        )
+
+        def start(cancel: threading.Event) -> Run:
+            how = {"cancel": cancel, "progress": talk.progress.passes, **reuse}
+            return talk.branch.choosing(said, texts, **how) if texts else talk.branch.stream(said, **how, **settings)
+
+        finish(options, talk, start)
+
+
+def _choices(listed: str | None, single: tuple[str, ...]) -> list[str]:
+    """What there is to choose from, checked before anything is opened; [] where nothing is to be chosen."""
+    from kvloom.choices import check_texts
+
+    texts = [] if listed is None else [text.strip() for text in listed.split(",")]
+    texts += single
+    if texts:
+        check_texts(texts)
+    return texts
 
 
 @click.command("continue", short_help="Go on with a reply that was stopped.")
@@ -191,6 +211,9 @@ def tell(reply: Reply, *, brief: bool = False) -> None:
         warn(notice)
     if brief:
         return
+    for option in sorted(reply.choice.options, key=lambda each: -each.logprob) if reply.choice else ():
+        per_token = f"{option.logprob:.2f}, {option.mean_logprob:.2f} a token"
+        dim(f"{100 * option.probability:5.1f}%  {preview(option.text, 60)}  ({per_token})")
     tokens = reply.tokens
     parts = [f"{reply.session}@{reply.branch}"]
     if reply.finish_reason != "stop":
@@ -238,8 +261,8 @@ def interruptible() -> Iterator[Stopped]:
 
 def _text(given: str) -> str:
     """TEXT, or what is on stdin; refused here if it is empty, before anything is opened."""
-    from kvloom.branch import check_unicode
     from kvloom.errors import InvalidText, LimitExceeded
+    from kvloom.plaintext import check_unicode
     from kvloom_proto.limits import MAX_TURN_BYTES
 
     text = given

@@ -37,7 +37,7 @@ def show_tokens(options: Options, ref: Ref, around: int) -> None:
     with reading(options) as reader:
         session = reader.find(ref.session)
         with reader.database.read() as conn:
-            spans, ids, point = _path(conn, ref)
+            spans, ids, point = path_of(conn, ref)
             short = short_ids(conn, session.row.row)
         first, last = max(0, point - around), min(len(ids), point + around)
         tokenizer = session.tokenizer
@@ -65,7 +65,7 @@ def no_tokenizer(settings: Mapping[str, Any]) -> str:
     return f"the tokenizer this session was made with (of {settings['model']}) is not here"
 
 
-def _path(conn: sa.Connection, ref: Ref) -> tuple[list[Span], list[int], int]:
+def path_of(conn: sa.Connection, ref: Ref) -> tuple[list[Span], list[int], int]:
     """The turns and the tokens of the path a ref's token is on, and where on it the point is."""
     from kvloom_store import refs, spans, trie, turns
 
