@@ -311,7 +311,8 @@ def _pairs(values: dict[str, Any]) -> str:
 
 def _timings(values: dict[str, Any]) -> str:
     named = {"first_token": "first token", "restore": "restore", "total": "total"}
-    return ", ".join(f"{named.get(key, key)} {seconds(value)}" for key, value in values.items() if value is not None)
+    shown = {key: value for key, value in values.items() if isinstance(value, float)}
+    return ", ".join(f"{named.get(key, key)} {seconds(value)}" for key, value in shown.items())
 
 
 def _print_facts(facts: list[tuple[str, object]]) -> None:
