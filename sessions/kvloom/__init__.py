@@ -22,16 +22,20 @@ if TYPE_CHECKING:
     from kvloom.engine import TransformersEngine
     from kvloom.errors import KVLoomError
     from kvloom.loom import KVLoom, load_engine, open
-    from kvloom.report import Reply, Restored, Seconds, Tokens
+    from kvloom.planned import PlannedBranch
+    from kvloom.report import Added, Cost, Reply, Restored, Seconds, Tokens
     from kvloom.sampling import SamplingSettings
     from kvloom.session import Session, TreeTurn
     from kvloom.template import ChatTemplate
 
 __all__ = [
+    "Added",
     "Branch",
     "ChatTemplate",
+    "Cost",
     "KVLoom",
     "KVLoomError",
+    "PlannedBranch",
     "Reply",
     "Restored",
     "SamplingSettings",
@@ -47,10 +51,13 @@ __all__ = [
 ]
 
 _HOME = {
+    "Added": "report",
     "Branch": "branch",
     "ChatTemplate": "template",
+    "Cost": "report",
     "KVLoom": "loom",
     "KVLoomError": "errors",
+    "PlannedBranch": "planned",
     "Reply": "report",
     "Restored": "report",
     "SamplingSettings": "sampling",

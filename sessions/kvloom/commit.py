@@ -33,6 +33,14 @@ class NewTurn:
     continues: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where the state of a turn that adds none of its own is found: up to position ``end`` of other state."""
+
+    handle: Handle
+    end: int
+
+
 class Commits:
     """Commits one turn after another, and moves a branch on to each of them.
 
@@ -55,10 +63,13 @@ class Commits:
         start: int,
         live: LiveState | None,
         passes: Sequence[tuple[int, int]],
+        *,
+        stands: Standing | None = None,
     ) -> tuple[Turn, TurnState]:
         """Add a turn whose tokens are ids[start:] below ``parent``, whose state is ``tip``, and hand its state over.
 
-        ``passes`` ran since ``tip``. Without a ``live`` state the turn has none of its own: it stands on its parent's.
+        ``passes`` ran since ``tip``. Without a ``live`` state the turn has none of its own: it ``stands`` on what there
+        is of its tokens, or on its parent's.
         A turn that is there already gets this state besides those it has, and the branch stays where it is.
         """
         loom, root = self._loom, self._loom.root
@@ -66,9 +77,10 @@ class Commits:
             base = live.chain[-1].handle if live.chain else None
             state_start, state_end, hidden = live.captured, live.length, live.hidden
         else:
-            base = Handle(tip.segment, tip.row) if tip else None
-            state_start = state_end = tip.state_end if tip else 0
-            hidden = None
+            if stands is None and tip is not None:
+                stands = Standing(Handle(tip.segment, tip.row), tip.state_end)
+            base, hidden = stands.handle if stands else None, None
+            state_start = state_end = stands.end if stands else 0
         schedule = schedule_of(passes)
         with loom.database.write() as conn:
             known = tip.position if tip is not None and start >= tip.end else None
@@ -99,6 +111,11 @@ class Commits:
         else:
             loom.resumer.leave(live, state.row)
         return turn, state
+
+    def add_bare(self, new: NewTurn, parent: Turn | None) -> Turn:
+        """Add a turn without tokens below ``parent``: a system message, whose tokens come with the next one."""
+        with self._loom.database.write() as conn:
+            return self._turn(conn, new, parent)
 
     def _turn(self, conn: sa.Connection, new: NewTurn, parent: Turn | None) -> Turn:
         turn = turns.add_turn(

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from kvloom.loom import KVLoom
     from kvloom.partial import Partial
+    from kvloom.planned import PlannedBranch
+    from kvloom.template import ChatTemplate
     from kvloom.tokens import Decoder
 
 
@@ -67,9 +69,21 @@ class Session:
         return self._row
 
     @property
+    def loom(self) -> KVLoom:
+        """The store it is in."""
+        return self._loom
+
+    @property
     def settings(self) -> Mapping[str, Any]:
         """What was fixed when the session began: model, dtype, chat template, its options and clock."""
         return self._row.settings
+
+    def template(self) -> ChatTemplate:
+        """The session's own chat template, with the options and the clock it began with."""
+        from kvloom.template import ChatTemplate
+
+        fixed = self.settings
+        return ChatTemplate(fixed["chat_template"], fixed["template_options"], fixed["clock"])
 
     def branch(self, name: str = MAIN) -> Branch:
         """A branch by name. Raises RefNotFound."""
@@ -108,6 +122,22 @@ class Session:
         with self._settled(ref) as (conn, turn):
             name = refs.free_name(conn, self._row.row, MAIN)
             return Branch(self._loom, self, refs.add_branch(conn, self._row.row, name, turn))
+
+    def edit(
+        self, at: str | None, text: str, *, branch: str | None = None, replay_turns: bool = False
+    ) -> PlannedBranch:
+        """Plan a new branch that says ``text`` at a ref in place of what is said there; the old branch stays.
+
+        Read ``cost`` from the plan, then ``run`` it: nothing is run or written before. What was said later is left
+        out, or, with ``replay_turns``, appended again as it was: computed, not generated. The branch is called
+        ``branch``, else as the one edited with a number. A reply to an edited message: ``plan.branch.regenerate()``.
+
+        Raises:
+            InvalidText, NothingToDo (the text is unchanged), RefNotFound, RefExists, ModelMismatch, ContextOverflow
+        """
+        from kvloom import edit
+
+        return edit.plan(self, self._ref(at), text, branch=branch, replay_turns=replay_turns)
 
     def tag(self, name: str, at: str | None = None) -> None:
         """A name that stays at a turn. Raises RefExists, RefNotFound, NothingToDo."""

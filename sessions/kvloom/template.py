@@ -222,6 +222,37 @@ def extend(
     return Prompt(ids, kept, kept < len(parent))
 
 
+def reply_ids(
+    template: ChatTemplate,
+    tokenizer: Any,
+    history: Sequence[Message],
+    prompt_ids: Sequence[int],
+    text: str,
+    *,
+    eos_ids: frozenset[int],
+) -> list[int]:
+    """Token ids of a reply that says ``text``, as the template writes it, with the token of ``eos_ids`` that ends it.
+
+    ``prompt_ids`` are the tokens of ``history``, generation prompt included. Where the template ends replies with no
+    such token, neither does this one. Raises SessionError where the template refuses.
+    """
+    marker = _marker(template, [*history, {"role": "assistant", "content": text}])
+    added = _added(tokenizer)
+    said = _break(text, added, marker)
+    seen = template._render(tokenizer, history, add_generation_prompt=True, marker=marker)
+    reply = {"role": "assistant", "content": said}
+    full = template._render(tokenizer, [*history, reply], add_generation_prompt=False, marker=marker)
+    tail = full[_common(full, seen) :]
+    said = said if said in tail else said.strip()  # templates trim
+    lead, found, rest = tail.partition(said)
+    if not found:  # the template writes something else: the text as it is, and what ends that
+        lead, rest = "", tail
+    elif not full.startswith(seen):
+        lead = ""
+    ids = _encode(tokenizer, lead + said, marker, prompt_ids[-1] if prompt_ids else None)
+    return ids + [token for _, token in added.controls(rest) if token in eos_ids][:1]
+
+
 def _after_reply(
     tokenizer: Any, tail: str, reply: Message, said: Sequence[int], last: int, eos_ids: frozenset[int]
 ) -> str | None:
