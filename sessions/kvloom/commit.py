@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from kvloom.layers import dtype_name
 from kvloom.passes import schedule_of
 from kvloom.resume import hidden_bytes
+from kvloom.steps import NewTurn
 from kvloom_store import refs, segments, trie, turns
 from kvloom_store.errors import RefConflict
 from kvloom_store.refs import Branch as BranchRow
@@ -20,17 +21,6 @@ if TYPE_CHECKING:
 
     from kvloom.live import LiveState
     from kvloom.loom import KVLoom
-
-
-@dataclass(frozen=True, slots=True)
-class NewTurn:
-    """A turn that is to be added: what it says, and how that came about."""
-
-    message: Mapping[str, Any]
-    finish_reason: str | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    timings: Mapping[str, Any] = field(default_factory=dict)
-    continues: bool = False
 
 
 @dataclass(frozen=True, slots=True)

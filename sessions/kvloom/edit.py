@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from kvloom.append import Given
 from kvloom.branch import check_unicode
 from kvloom.errors import InvalidText, NothingToDo
 from kvloom.path import Said, find, path_to
 from kvloom.planned import PlannedBranch
+from kvloom.steps import Given
 from kvloom_store import cut
 from kvloom_store.names import Ref
 from kvloom_store.turns import TurnState

@@ -6,11 +6,12 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kvloom.append import Append, Given, cost_of, path_of, steps_of, stretches
+from kvloom.append import Append
 from kvloom.branch import Branch, check_model
 from kvloom.commit import Commits
 from kvloom.path import merged, path_to, tip_of
 from kvloom.report import Added, Cost
+from kvloom.steps import Given, cost_of, path_of, steps_of, stretches
 from kvloom_store import refs, trie
 from kvloom_store.foresee import foresee
 
@@ -71,7 +72,7 @@ class PlannedBranch:
         """Make the branch: add its turns and compute their state.
 
         Stopped by ``cancel``, it keeps what was computed; the rest of the tokens is pending then, as all are without
-        ``compute``. ``Branch.warm`` computes them later.
+        ``compute``. ``Session.warm`` computes them later.
         """
         with self._loom.database.write() as conn:
             row = refs.add_branch(conn, self.session.row.row, self.name, self._parent.row if self._parent else None)

@@ -12,12 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvloom.commit import Commits, NewTurn
+from kvloom.commit import Commits
 from kvloom.engine import Cancelled, Progress
 from kvloom.errors import SessionError
 from kvloom.report import Reply, Restored, Seconds, Tokens
 from kvloom.resume import Account
 from kvloom.sampling import SamplingSettings, fresh_seed
+from kvloom.steps import NewTurn
 from kvloom.textstream import TextStream
 from kvloom_store.refs import Branch as BranchRow
 from kvloom_store.turns import Turn, TurnState

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,11 +20,14 @@ from kvloom_store.turns import Turn
 if TYPE_CHECKING:
     import sqlalchemy as sa
 
+    from kvloom.engine import Progress
     from kvloom.loom import KVLoom
     from kvloom.partial import Partial
     from kvloom.planned import PlannedBranch
+    from kvloom.report import Added
     from kvloom.template import ChatTemplate
     from kvloom.tokens import Decoder
+    from kvloom.warm import Missing
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +142,24 @@ class Session:
         from kvloom import edit
 
         return edit.plan(self, self._ref(at), text, branch=branch, replay_turns=replay_turns)
+
+    def missing(self, at: str | None = None, *, verify: bool = False) -> Missing:
+        """What of the state down to a ref is missing, and ``warm`` would compute; ``verify`` reads what is stored."""
+        from kvloom.warm import missing
+
+        return missing(self, self._loom.resolve(self._ref(at)).turn, verify=verify)
+
+    def warm(
+        self, at: str | None = None, *, cancel: threading.Event | None = None, progress: Progress | None = None
+    ) -> Added:
+        """Compute what is missing of the state down to a ref, and store it; what is there is read, and so checked.
+
+        Stopped by ``cancel``, it keeps what was done. Raises ModelMismatch, EngineError, StoreError.
+        """
+        from kvloom.warm import warm
+
+        ref = self._ref(at)
+        return warm(self, self._loom.resolve(ref).turn, ref.point or MAIN, cancel=cancel, progress=progress)
 
     def tag(self, name: str, at: str | None = None) -> None:
         """A name that stays at a turn. Raises RefExists, RefNotFound, NothingToDo."""

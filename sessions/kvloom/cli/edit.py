@@ -57,8 +57,7 @@ def edit(options: Options, ref: str, text: str | None, branch: str | None, **val
         from kvloom import edit as editing
 
         plan = editing.plan(opened, at, new, branch=branch, replay_turns=values["replay_turns"])
-        if not values["no_run"]:
-            agree(options, plan.cost, yes=values["yes"])
+        agree(options, plan.cost, yes=values["yes"] or values["no_run"])
         replies = plan.role == "user" and not (values["replay_turns"] or values["no_reply"] or values["no_run"])
         return make(options, plan, bars, settings if replies else None, compute=not values["no_run"])
 
