@@ -20,6 +20,7 @@ from kvloom_store.turns import Turn
 if TYPE_CHECKING:
     import sqlalchemy as sa
 
+    from kvloom.cost import Prices, SessionCost
     from kvloom.engine import Progress
     from kvloom.loom import KVLoom
     from kvloom.partial import Partial
@@ -160,6 +161,12 @@ class Session:
 
         ref = self._ref(at)
         return warm(self, self._loom.resolve(ref).turn, ref.point or MAIN, cancel=cancel, progress=progress)
+
+    def cost(self, prices: Prices | None = None) -> SessionCost:
+        """Tokens reused and computed so far, seconds saved, and what a hosted model would have charged."""
+        from kvloom.cost import cost
+
+        return cost(self, prices)
 
     def tag(self, name: str, at: str | None = None) -> None:
         """A name that stays at a turn. Raises RefExists, RefNotFound, NothingToDo."""
