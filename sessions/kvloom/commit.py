@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from kvloom.layers import dtype_name
 from kvloom.passes import schedule_of
@@ -19,9 +19,20 @@ from kvloom_store.writer import Handle
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
+    import torch
 
-    from kvloom.live import LiveState
+    from kvloom.live import Link
     from kvloom.loom import KVLoom
+    from kvloom_proto.records import LayerSpec, Schedule
+    from kvloom_store.rows import Captured
+
+
+@dataclass(frozen=True, slots=True)
+class NewBranch:
+    """A branch that is made when its first turn is: ``name`` and the first number that is free."""
+
+    session: int
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +43,58 @@ class Standing:
     end: int
 
 
+class Held(Protocol):
+    """State of a path whose last rows belong to no segment yet: a ``LiveState``, or a path of a batch."""
+
+    chain: list[Link]
+    hidden: torch.Tensor | None
+    layers: tuple[LayerSpec, ...]
+
+    @property
+    def captured(self) -> int: ...
+
+    @property
+    def length(self) -> int: ...
+
+    def take_captured(self) -> Captured: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Addition:
+    """A turn to be added below ``parent``, whose state is ``tip``: its tokens are ids[start:], ``passes`` ran since.
+
+    Without ``held`` state the turn has none of its own: it ``stands`` on what there is of its tokens, or on its
+    parent's. A turn that is there already gets this state besides those it has, and the branch stays where it is.
+    """
+
+    new: NewTurn | Turn
+    parent: Turn | None
+    tip: TurnState | None
+    ids: Sequence[int]
+    start: int
+    held: Held | None
+    passes: Schedule
+    stands: Standing | None = None
+
+
 class Commits:
-    """Commits one turn after another, and moves a branch on to each of them.
+    """Commits one turn after another, and moves a branch on to each of them; a branch that is a name is made first.
 
     ``branch`` is where that has got to, ``notices`` what the user should be told. ``reuse=False``: what is committed
     is a variant, whose state is not stored.
     """
 
-    def __init__(self, loom: KVLoom, branch: BranchRow, *, reuse: bool = True) -> None:
+    def __init__(self, loom: KVLoom, branch: BranchRow | NewBranch, *, reuse: bool = True) -> None:
         self._loom = loom
         self._reuse = reuse
-        self.branch = branch
+        self._branch = branch
         self.notices: list[str] = []
+
+    @property
+    def branch(self) -> BranchRow:
+        """The branch, as it stands after the last turn."""
+        assert not isinstance(self._branch, NewBranch)
+        return self._branch
 
     def add(
         self,
@@ -52,57 +103,55 @@ class Commits:
         tip: TurnState | None,
         ids: Sequence[int],
         start: int,
-        live: LiveState | None,
+        live: Held | None,
         passes: Sequence[tuple[int, int]],
         *,
         stands: Standing | None = None,
     ) -> tuple[Turn, TurnState]:
-        """Add a turn whose tokens are ids[start:] below ``parent``, whose state is ``tip``, and hand its state over.
+        """Add one turn (see ``Addition``), and hand its state over."""
+        addition = Addition(new, parent, tip, ids, start, live, schedule_of(passes), stands)
+        return commit_all(self._loom, [(self, addition)])[0]
 
-        ``passes`` ran since ``tip``. Without a ``live`` state the turn has none of its own: it ``stands`` on what there
-        is of its tokens, or on its parent's.
-        A turn that is there already gets this state besides those it has, and the branch stays where it is.
-        """
-        loom, root = self._loom, self._loom.root
-        if live is not None:
-            base = live.chain[-1].handle if live.chain else None
-            state_start, state_end, hidden = live.captured, live.length, live.hidden
+    def _insert(self, conn: sa.Connection, addition: Addition) -> tuple[Turn, TurnState]:
+        loom, root, held, tip = self._loom, self._loom.root, addition.held, addition.tip
+        if held is not None:
+            base = held.chain[-1].handle if held.chain else None
+            state_start, state_end, hidden = held.captured, held.length, held.hidden
         else:
+            stands = addition.stands
             if stands is None and tip is not None:
                 stands = Standing(Handle(tip.segment, tip.row), tip.state_end)
             base, hidden = stands.handle if stands else None, None
             state_start = state_end = stands.end if stands else 0
-        schedule = schedule_of(passes)
-        with loom.database.write() as conn:
-            known = tip.position if tip is not None and start >= tip.end else None
-            position = trie.extend(conn, root, ids, start_at=known)
-            provenance = segments.add_provenance(conn, loom.engine.provenance())
-            turn = new if isinstance(new, Turn) else self._turn(conn, new, parent)
-            state = turns.add_state(
-                conn,
-                turn.row,
-                root,
-                ids[start:],
-                start,
-                position,
-                state_start=state_start,
-                state_end=state_end,
-                base_state=base.state if base else None,
-                base_segment=base.segment if base else None,
-                schedule=schedule,
-                provenance=provenance,
-                hidden=hidden_bytes(hidden) if hidden is not None else None,
-                hidden_dtype=dtype_name(hidden.dtype) if hidden is not None else None,
-                variant=not self._reuse,
-                scores=_packed(new, len(ids) - start),
-            )
-        if live is None:
-            return turn, state
-        if self._reuse:
-            loom.resumer.capture(live, position, schedule, provenance, state.row)
-        else:
-            loom.resumer.leave(live, state.row)
+        ids, start, new = addition.ids, addition.start, addition.new
+        known = tip.position if tip is not None and start >= tip.end else None
+        position = trie.extend(conn, root, ids, start_at=known)
+        turn = new if isinstance(new, Turn) else self._turn(conn, new, addition.parent)
+        state = turns.add_state(
+            conn,
+            turn.row,
+            root,
+            ids[start:],
+            start,
+            position,
+            state_start=state_start,
+            state_end=state_end,
+            base_state=base.state if base else None,
+            base_segment=base.segment if base else None,
+            schedule=addition.passes,
+            provenance=segments.add_provenance(conn, loom.engine.provenance()),
+            hidden=hidden_bytes(hidden) if hidden is not None else None,
+            hidden_dtype=dtype_name(hidden.dtype) if hidden is not None else None,
+            variant=not self._reuse,
+            scores=_packed(new, len(ids) - start),
+        )
         return turn, state
+
+    def _hand_over(self, held: Held, state: TurnState) -> None:
+        if self._reuse:
+            self._loom.resumer.capture(held, state.position, state.schedule, state.provenance, state.row)
+        else:
+            self._loom.resumer.leave(held, state.row)
 
     def add_bare(self, new: NewTurn, parent: Turn | None) -> Turn:
         """Add a turn without tokens below ``parent``: a system message, whose tokens come with the next one."""
@@ -112,7 +161,7 @@ class Commits:
     def _turn(self, conn: sa.Connection, new: NewTurn, parent: Turn | None) -> Turn:
         turn = turns.add_turn(
             conn,
-            self.branch.session,
+            self._branch.session,
             parent,
             new.message,
             continues=new.continues,
@@ -125,15 +174,36 @@ class Commits:
 
     def _move_branch(self, conn: sa.Connection, turn: Turn) -> None:
         """Move the branch on; if another process moved it first, the turn is kept on a branch of its own."""
+        there = self._branch
+        if isinstance(there, NewBranch):
+            name = refs.free_name(conn, there.session, there.name, first=1)
+            self._branch = refs.add_branch(conn, there.session, name, turn.row)
+            return
         try:
-            self.branch = refs.move_branch(conn, self.branch.row, self.branch.turn, turn.row)
+            self._branch = refs.move_branch(conn, there.row, there.turn, turn.row)
         except RefConflict as conflict:
-            self.branch = refs.add_branch(
-                conn, self.branch.session, refs.free_name(conn, self.branch.session, conflict.name), turn.row
-            )
-            self.notices.append(
-                f"branch {conflict.name!r} moved meanwhile; this turn is kept on branch {self.branch.name!r}"
-            )
+            name = refs.free_name(conn, there.session, conflict.name)
+            self._branch = refs.add_branch(conn, there.session, name, turn.row)
+            self.notices.append(f"branch {conflict.name!r} moved meanwhile; this turn is kept on branch {name!r}")
+
+
+def commit_all(
+    loom: KVLoom,
+    additions: Sequence[tuple[Commits, Addition]],
+    also: Callable[[sa.Connection, list[Turn]], None] | None = None,
+) -> list[tuple[Turn, TurnState]]:
+    """Add several turns, each on its branch, in one transaction; then their state is handed over.
+
+    ``also`` runs in the same transaction: what it writes is there if the turns are, and only then.
+    """
+    with loom.database.write() as conn:
+        made = [commits._insert(conn, addition) for commits, addition in additions]
+        if also is not None:
+            also(conn, [turn for turn, _ in made])
+    for (commits, addition), (_, state) in zip(additions, made, strict=True):
+        if addition.held is not None:
+            commits._hand_over(addition.held, state)
+    return made
 
 
 def _packed(new: NewTurn | Turn, tokens: int) -> bytes | None:

@@ -132,10 +132,10 @@ def check_free(conn: sa.Connection, session_row: int, name: str) -> None:
         raise RefExists("branch or tag", name)
 
 
-def free_name(conn: sa.Connection, session_row: int, name: str) -> str:
+def free_name(conn: sa.Connection, session_row: int, name: str, *, first: int = 2) -> str:
     """``name-2``, ``name-3`` ...: the first that is neither a branch nor a tag."""
     taken = {b.name for b in branches(conn, session_row)} | set(tags(conn, session_row))
-    return next(f"{name}-{n}" for n in itertools.count(2) if f"{name}-{n}" not in taken)
+    return next(f"{name}-{n}" for n in itertools.count(first) if f"{name}-{n}" not in taken)
 
 
 def add_tag(conn: sa.Connection, session_row: int, name: str, at: int) -> None:
