@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kvloom.planned import PlannedBranch
     from kvloom.report import Reply
     from kvloom.run import Run, RunOptions
+    from kvloom.sample import Sample, SampleRun
     from kvloom.session import Session, TreeTurn
     from kvloom.template import ChatTemplate, Prompt
 
@@ -74,6 +75,55 @@ class Branch:
         parent, tip, prompt, messages = self._prompt(text)
         options = self._options(reuse, require_reuse, cancel, progress)
         return self._run(parent, tip, prompt.ids, prompt.kept, messages[-1], self._chosen(settings, sampling), options)
+
+    def sample(
+        self,
+        text: str | None = None,
+        *,
+        n: int = 8,
+        cancel: threading.Event | None = None,
+        progress: Progress | None = None,
+        **sampling: Any,
+    ) -> list[Sample]:
+        """Several replies to one message, decoded together, each on a new branch; this one stays at the message.
+
+        ``text`` is said first; without it they are replies to the last message, or go on with a stopped reply.
+        ``sampling`` as in ``stream``, with a temperature of 1 unless one is given: siblings of temperature 0 would all
+        say the same. Each has a seed of its own, made from the one given.
+
+        Raises:
+            SessionError: ``n`` is not between 1 and 256.
+            InvalidText, ModelMismatch, ContextOverflow, NothingToDo
+        """
+        return self.sampling(text, n=n, cancel=cancel, progress=progress, **sampling).finished()
+
+    def sampling(
+        self,
+        text: str | None = None,
+        *,
+        n: int = 8,
+        cancel: threading.Event | None = None,
+        progress: Progress | None = None,
+        told: Callable[[int], None] | None = None,
+        **sampling: Any,
+    ) -> SampleRun:
+        """The run behind ``sample``; ``told`` is called after each step with how many tokens were chosen in it."""
+        from kvloom.sample import MAX_SIBLINGS, SampleRun
+
+        if not 1 <= n <= MAX_SIBLINGS:
+            raise SessionError(f"n is {n}; it must be from 1 to {MAX_SIBLINGS}", hint="change n")
+        settings = self._chosen(None, {"temperature": 1.0, **sampling})
+        options, run = self._options(True, False, cancel, progress), partial(SampleRun, n, told)
+        if text is not None:
+            parent, tip, prompt, messages = self._prompt(text)
+            made = self._run(parent, tip, prompt.ids, prompt.kept, messages[-1], settings, options, run=run)
+        else:
+            parent, tip = self._unfinished(*self._path())
+            continues, ids = parent.role == "assistant", self._ids_to(tip)
+            self._loom.engine.check_ids(ids)
+            made = self._run(parent, tip, ids, len(ids), None, settings, options, continues=continues, run=run)
+        assert isinstance(made, SampleRun)
+        return made
 
     def choose(
         self,

@@ -8,6 +8,7 @@ where keyframes are due.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from kvloom_proto.records import Pass, Schedule
 
@@ -60,3 +61,21 @@ def schedule_of(passes: Sequence[tuple[int, int]]) -> Schedule:
         else:
             entries.append(Pass(start, end - start))
     return Schedule(tuple(entries))
+
+
+def joined(passes: Sequence[Pass]) -> Schedule:
+    """Passes of one token each, in order; those that went on in the same place of the same batch counted together."""
+    entries: list[Pass] = []
+    for each in passes:
+        last = entries[-1] if entries else None
+        follows = last is not None and replace(last, start=last.end, count=1, own=_columns(last)) == each
+        if last is not None and follows:
+            entries[-1] = replace(last, count=last.count + 1)
+        else:
+            entries.append(each)
+    return Schedule(tuple(entries))
+
+
+def _columns(entry: Pass) -> int:
+    """How many columns a batch had after a pass."""
+    return entry.own + entry.count if entry.batch > 1 else 0

@@ -63,7 +63,7 @@ class Siblings:
         self._engine = engine
         self._live = live
         self.shared_tokens = shared
-        self.began = self.own = max(lengths) if own is None else own
+        self.own = max(lengths) if own is None else own
         self._pads = [self.own - length for length in lengths]
         self._numbers = [n for n, spec in enumerate(live.specs) if spec.kind in (LayerKind.ROWS, LayerKind.WINDOW)]
         if len(self._numbers) != sum(spec.kind != LayerKind.EMPTY for spec in live.specs):
@@ -97,10 +97,21 @@ class Siblings:
         self.own += 1
         return logits
 
-    def passes(self, path: int, steps: int) -> Pass:
-        """How the first ``steps`` tokens of a path that were run here were run."""
-        start = self.shared_tokens + self.began - self._pads[path]
-        return Pass(start, 1, steps, len(self._pads), path, self.shared_tokens, self.began)
+    def select(self, paths: Sequence[int]) -> Siblings:
+        """Some of the paths, in this order, perhaps one several times, in memory of their own."""
+        lengths = [self.own - self._pads[path] for path in paths]
+        room = next(iter(self.tensors.values()))[0].shape[2] - self.own if self.tensors else 0
+        chosen = Siblings(self._engine, self._live, self.shared_tokens, lengths, room, own=self.own)
+        for number, tensors in self.tensors.items():
+            for mine, theirs in zip(tensors, chosen.tensors[number], strict=True):
+                theirs[:, :, : self.own] = mine[list(paths), :, : self.own]
+        chosen.hidden = None if self.hidden is None else self.hidden[list(paths)]
+        return chosen
+
+    def last_pass(self, path: int) -> Pass:
+        """How the last token of a path was run."""
+        own = self.own - 1
+        return Pass(self.positions[path] - 1, 1, 1, len(self._pads), path, self.shared_tokens, own)
 
     def source(self, path: int) -> PathRows:
         """The rows of a path, for the writer: they stay in place, later passes only add to them."""

@@ -1,0 +1,185 @@
+"""Several replies to one message: siblings, decoded together, each on a branch of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvloom.commit import Addition, Commits, Held, NewBranch, commit_all
+from kvloom.growing import Growing, Told, grow, grow_alone
+from kvloom.passes import joined
+from kvloom.report import Reply, Seconds, Tokens
+from kvloom.run import Run
+from kvloom.sampling import MAX_SEED
+from kvloom.siblings import Siblings
+from kvloom.steps import NewTurn
+from kvloom_store.turns import Turn, TurnState
+
+if TYPE_CHECKING:
+    from kvloom.live import LiveState
+    from kvloom.resume import Account
+
+
+MAX_SIBLINGS = 256
+"""Replies sampled at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One of several replies. ``reply`` names the branch it is on; ``logprob`` is the sum over its tokens (nats)."""
+
+    reply: Reply
+    logprob: float
+    tokens: int
+
+    @property
+    def mean_logprob(self) -> float:
+        """The log-probability a token: what replies of unequal length are compared by."""
+        return self.logprob / self.tokens if self.tokens else 0.0
+
+
+def seed_of(seed: int, number: int) -> int:
+    """The seed of sibling ``number``: that of the first is the one given, each other has one made from it."""
+    if number == 0:
+        return seed
+    digest = hashlib.blake2b(struct.pack("<QQ", seed, number), digest_size=8, person=b"kvloom-sibling-1").digest()
+    return int.from_bytes(digest, "little") & MAX_SEED
+
+
+class SampleRun(Run):
+    """A run that ends in several replies, none of which the branch moves to; afterwards they are its ``samples``.
+
+    Stopped, the siblings keep what they have said so far. ``reply`` tells of them all: the tokens are sums, the text
+    and the turn are those of the likeliest.
+    """
+
+    def __init__(self, count: int, told: Told | None, *args: Any, **options: Any) -> None:
+        """``count`` of siblings, and whom to tell of each step, before what ``Run`` takes."""
+        super().__init__(*args, **options)
+        self._count = count
+        self._told_steps = told
+        self.samples: list[Sample] = []
+
+    def finished(self) -> list[Sample]:
+        """The siblings; runs them first if that was not done."""
+        _ = self.reply
+        return self.samples
+
+    def _reply_from(
+        self,
+        live: LiveState,
+        logits: torch.Tensor,
+        turn: Turn | None,
+        state: TurnState | None,
+        account: Account,
+        passes: list[tuple[int, int]],
+        began: float,
+    ) -> Iterator[str]:
+        if passes and turn is not None and state is not None:  # what was pending is run once, and stored once
+            _, state = self._commits.add(turn, None, state, self._ids, state.start, live, passes)
+        paths = [self._path(number, live) for number in range(self._count)]
+        started = time.perf_counter()
+        try:
+            if self._engine.apart is None:
+                self._together(paths, live, logits, turn, state)
+            else:
+                self._one_by_one(paths, live, logits, turn, state)
+        finally:
+            self._conclude(paths, turn, account, began, started)
+        if self.samples and self._reply is not None:
+            yield self._reply.text
+
+    def _path(self, number: int, live: LiveState) -> Growing:
+        seed = seed_of(self._seed, number)
+        budget = min(self._settings.max_tokens, self._engine.context_limit - len(self._ids))
+        settings = replace(self._settings, seed=seed)
+        return Growing(
+            list(self._ids), settings, seed, budget, self._stream(), self._engine.eos_ids, hidden=live.hidden
+        )
+
+    def _together(
+        self, paths: list[Growing], live: LiveState, logits: torch.Tensor, turn: Turn | None, state: TurnState | None
+    ) -> None:
+        room = max(path.budget for path in paths)
+        siblings = Siblings(self._engine, live, live.length, [0] * len(paths), room)
+        try:
+            grow(siblings, paths, logits.expand(len(paths), -1), cancel=self._options.cancel, told=self._told_steps)
+        finally:
+            said = [path for path in paths if path.tokens]
+            self._commit(said, [path.state(live.chain, live.layers) for path in said], turn, state)
+
+    def _one_by_one(
+        self, paths: list[Growing], live: LiveState, logits: torch.Tensor, turn: Turn | None, state: TurnState | None
+    ) -> None:
+        for number, path in enumerate(paths):
+            if number:
+                live, _ = self._loom.resumer.resume(self._ids, state, room=path.budget, cancel=self._options.cancel)
+                assert live.hidden is not None
+                path.hidden, logits = live.hidden, self._engine.logits_of(live.hidden)
+            try:
+                grow_alone(self._engine, live, path, logits, cancel=self._options.cancel, told=self._told_steps)
+            finally:
+                if path.tokens:
+                    self._commit([path], [live], turn, state)
+            if path.reason == "interrupted":
+                return
+
+    def _commit(
+        self, paths: Sequence[Growing], states: Sequence[Held], turn: Turn | None, state: TurnState | None
+    ) -> None:
+        there = self._commits.branch
+        name = NewBranch(there.session, there.name)
+        additions = [
+            (Commits(self._loom, name), self._addition(path, held, turn, state))
+            for path, held in zip(paths, states, strict=True)
+        ]
+        made = commit_all(self._loom, additions)
+        for path, (commits, _), (added, _) in zip(paths, additions, made, strict=True):
+            self.samples.append(Sample(self._told(path, commits, added), path.logprob, len(path.tokens)))
+
+    def _addition(self, path: Growing, held: Held, turn: Turn | None, state: TurnState | None) -> Addition:
+        new = NewTurn(
+            {"role": "assistant", "content": path.text()},
+            finish_reason=path.reason or "interrupted",
+            settings={**path.settings.to_plain(), "seed": path.seed, "reopened": path.stream.reopened},
+            timings={"tokens": asdict(Tokens(computed=len(path.passes), generated=len(path.tokens)))},
+            continues=self._continues,
+            scores=path.scores,
+        )
+        return Addition(new, turn, state, path.ids, len(self._ids), held, joined(path.passes))
+
+    def _told(self, path: Growing, commits: Commits, turn: Turn) -> Reply:
+        return Reply(
+            session=self._session_name,
+            branch=commits.branch.name,
+            turn=turn.id,
+            text=turn.text,
+            finish_reason=path.reason or "interrupted",
+            tokens=Tokens(reused=len(self._ids), computed=len(path.passes), generated=len(path.tokens)),
+            seconds=Seconds(0.0, None, 0.0),
+            tokens_per_second=None,
+            model=self._engine.name,
+            seed=path.seed,
+        )
+
+    def _conclude(
+        self, paths: Sequence[Growing], turn: Turn | None, account: Account, began: float, started: float
+    ) -> None:
+        """Let ``reply`` tell of them all."""
+        spent, generated = time.perf_counter() - started, sum(len(path.tokens) for path in paths)
+        self._computed += sum(len(path.passes) for path in paths)
+        stopped = any(path.reason in (None, "interrupted") for path in paths)
+        self._finish(turn, "", "interrupted" if stopped else "stop", account, (), began, started, 0.0)
+        assert self._reply is not None
+        tokens = replace(self._reply.tokens, generated=generated)
+        rate = generated / spent if spent and generated else None
+        self._reply = replace(self._reply, tokens=tokens, tokens_per_second=rate)
+        if self.samples:
+            best = max(self.samples, key=lambda sample: sample.mean_logprob).reply
+            self._reply = replace(self._reply, branch=best.branch, turn=best.turn, text=best.text)
