@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 import kvloom
 from kvloom import support
 from kvloom.errors import KVLoomError
-from kvloom.layers import StateList
+from kvloom.overwritten import StateList
 from kvloom.passes import KEYFRAME_SPACING
 from kvloom.probe import Probe
 from kvloom_proto.records import STORED_BY_ROW, LayerKind, LayerSpec
@@ -62,6 +62,8 @@ def named(spec: LayerSpec) -> str:
     if spec.kind == LayerKind.KEYFRAME:
         short = [(name.removesuffix("_states").removesuffix("_cache"), n) for name, n in names.items()]
         return f"keyframe ({', '.join(name if n == 1 else f'{name} × {n}' for name, n in short)})"
+    if spec.kind == LayerKind.BLOCKS:
+        return f"row per {spec.block:,} tokens"
     if spec.kind == LayerKind.WINDOW:
         return f"window of {spec.window:,}"
     shapes = {tensor.name: tensor.shape for tensor in spec.tensors}
@@ -80,7 +82,7 @@ def states(layers: Iterable[LayerSpec]) -> str:
 
 def token_bytes(layers: Iterable[LayerSpec]) -> int:
     """What one more token adds."""
-    return sum(spec.count * spec.row_bytes for spec in layers if spec.kind in STORED_BY_ROW)
+    return sum(spec.count * spec.row_bytes // (spec.block or 1) for spec in layers if spec.kind in STORED_BY_ROW)
 
 
 def keyframe_bytes(layers: Iterable[LayerSpec]) -> int:

@@ -18,10 +18,29 @@ BELOW = {
 }
 # What runs the model, or must see tensors. The first of these are torch through and through; the others import it
 # when they are called, so that listing and reading a store costs nothing.
-TENSORS = {"engine", "layers", "live", "loop", "probe", "resume", "rope", "support"}
+TENSORS = {
+    "blocks",
+    "engine",
+    "layers",
+    "live",
+    "loop",
+    "overwritten",
+    "probe",
+    "resume",
+    "rope",
+    "row_layers",
+    "support",
+}
 TENSORS_LATE = {"models", "convert", "identity", "sampling", "filters", "scores", "cli.about"}
 TRANSFORMERS_LATE = TENSORS_LATE | {"quiet", "template", "template_file"}
-CACHES = {"layers", "loop", "probe"}  # loop names the class in a signature, probe makes one
+CACHES = {
+    "blocks",
+    "layers",
+    "loop",
+    "overwritten",
+    "probe",
+    "row_layers",
+}  # loop names the class in a signature, probe makes one
 
 
 class Import(NamedTuple):

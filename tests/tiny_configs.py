@@ -98,6 +98,15 @@ INDEXED: dict[str, dict[str, Any]] = {
     | {"mlp_layer_types": ["dense", "sparse", "sparse"], "index_topk": 32, "index_head_dim": 32, "index_n_heads": 2},
 }
 
+COMPRESSED: dict[str, dict[str, Any]] = {
+    "deepseek_v4": {**_SHAPE, "num_attention_heads": 4, "num_key_value_heads": 1, "moe_intermediate_size": 32}
+    | {"head_dim": 32, "q_lora_rank": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW}
+    | {"o_groups": 2, "o_lora_rank": 16, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 8, "hc_mult": 2}
+    | {"compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}}
+    | {"layer_types": ["compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention"] * 2}
+    | {"num_hidden_layers": 6, "mlp_layer_types": ["moe"] * 6},
+}
+
 RECURRENT: dict[str, dict[str, Any]] = {
     "mamba": {"hidden_size": 64, "num_hidden_layers": 3, "state_size": 8},
     "mamba2": {"hidden_size": 64, "num_hidden_layers": 3, "state_size": 16, "num_heads": 8, "head_dim": 16}
@@ -139,14 +148,9 @@ HYBRID: dict[str, dict[str, Any]] = {
 OTHERS: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {**_SHAPE, **_HEADS, "num_hidden_layers": 6, "intermediate_size": 128, "lru_width": 64}
     | {"attention_window_size": WINDOW},
-    "deepseek_v4": {**_FOUR, "num_attention_heads": 4, "num_key_value_heads": 1, "moe_intermediate_size": 32}
-    | {"head_dim": 32, "q_lora_rank": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW}
-    | {"o_groups": 2, "o_lora_rank": 16, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 8, "hc_mult": 2}
-    | {"compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}}
-    | {"mlp_layer_types": ["moe"] * 4},
 }
 
-CONFIGS = FULL_ATTENTION | ROPES | WINDOWS | INDEXED | RECURRENT | HYBRID | OTHERS
+CONFIGS = FULL_ATTENTION | ROPES | WINDOWS | INDEXED | COMPRESSED | RECURRENT | HYBRID | OTHERS
 
 TYPES = {"mistral_window": "mistral", **dict.fromkeys(ROPES, "llama")}
 """What transformers calls a kind, where it is not the kind's own name."""

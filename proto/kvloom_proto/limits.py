@@ -21,6 +21,9 @@ MAX_CHUNKS = 1 << 20
 MAX_PASSES = 1 << 20
 """Entries of one schedule."""
 
+MAX_BATCH = 1024
+"""Paths that are decoded together."""
+
 MAX_CHUNK_BYTES = 256 << 20
 """Raw bytes of one chunk."""
 

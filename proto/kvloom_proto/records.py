@@ -40,6 +40,7 @@ class LayerKind(enum.IntEnum):
     SHARED = 4
     EMPTY = 5
     OPAQUE = 6
+    BLOCKS = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +71,20 @@ class LayerSpec:
     tensors: tuple[TensorSpec, ...]
     window: int = 0
     shares: int = 0
+    block: int = 0
 
     @property
     def row_bytes(self) -> int:
-        """Bytes that one token adds to one of these layers; of a keyframe, all its bytes."""
+        """Bytes of one row of one of these layers; of a keyframe, all its bytes."""
         return sum(tensor.row_bytes for tensor in self.tensors)
+
+    def rows_before(self, position: int) -> int:
+        """Rows there are after so many tokens: one for each, or for each whole block of them."""
+        return position // self.block if self.block else position
+
+    def rows_between(self, start: int, end: int) -> int:
+        """Rows that the tokens of positions [start, end) add."""
+        return self.rows_before(end) - self.rows_before(start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,16 +133,28 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """``count`` forward passes one after another of ``tokens`` tokens each, the first from ``start`` on."""
+    """``count`` forward passes one after another of ``tokens`` tokens each, the first from ``start`` on.
+
+    Of a ``batch`` of several paths this is one: number ``path``. All of them begin with the same ``shared`` tokens, and
+    the longest had ``own`` columns of rows behind those when the first pass began.
+    """
 
     start: int
     tokens: int
     count: int = 1
     batch: int = 1
+    path: int = 0
+    shared: int = 0
+    own: int = 0
 
     @property
     def end(self) -> int:
         return self.start + self.tokens * self.count
+
+    def each(self) -> Iterator[tuple[int, int]]:
+        """Each single forward pass as (start, end)."""
+        for start in range(self.start, self.end, self.tokens):
+            yield start, start + self.tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +167,7 @@ class Schedule:
     def each(self) -> Iterator[tuple[int, int]]:
         """Each single forward pass as (start, end)."""
         for entry in self.passes:
-            for number in range(entry.count):
-                start = entry.start + number * entry.tokens
-                yield start, start + entry.tokens
+            yield from entry.each()
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +195,10 @@ def covered(layers: list[LayerSpec], chunk: ChunkSpec) -> list[int]:
 
 def chunk_raw_bytes(layers: list[LayerSpec], chunk: ChunkSpec) -> int:
     """Raw bytes of a chunk."""
-    return sum(layers[n].row_bytes for n in covered(layers, chunk)) * (chunk.tokens or 1)
+    if chunk.kind == LayerKind.KEYFRAME:
+        return sum(layers[n].row_bytes for n in covered(layers, chunk))
+    end = chunk.position + chunk.tokens
+    return sum(layers[n].row_bytes * layers[n].rows_between(chunk.position, end) for n in covered(layers, chunk))
 
 
 def pack(record: Manifest | Schedule | Provenance) -> bytes:
@@ -186,7 +209,7 @@ def pack(record: Manifest | Schedule | Provenance) -> bytes:
         message = pb.Schedule(
             version=VERSION,
             unknown=record.unknown,
-            passes=[pb.Pass(start=p.start, tokens=p.tokens, count=p.count, batch=p.batch) for p in record.passes],
+            passes=[_pass_message(entry) for entry in record.passes],
         )
     else:
         message = pb.Provenance(
@@ -202,6 +225,18 @@ def pack(record: Manifest | Schedule | Provenance) -> bytes:
     return message.SerializeToString(deterministic=True)
 
 
+def _pass_message(entry: Pass) -> pb.Pass:
+    return pb.Pass(
+        start=entry.start,
+        tokens=entry.tokens,
+        count=entry.count,
+        batch=entry.batch,
+        path=entry.path,
+        shared=entry.shared,
+        own=entry.own,
+    )
+
+
 def _manifest_message(record: Manifest) -> pb.Manifest:
     message = pb.Manifest(version=VERSION, start=record.start, end=record.end, chunk_tokens=record.chunk_tokens)
     for spec in record.layers:
@@ -211,6 +246,7 @@ def _manifest_message(record: Manifest) -> pb.Manifest:
             kind=pb.LayerKind.ValueType(spec.kind),
             window=spec.window,
             shares=spec.shares,
+            block=spec.block,
             tensors=[
                 pb.TensorSpec(name=t.name, dtype=t.dtype, shape=t.shape, token_axis=t.token_axis) for t in spec.tensors
             ],
@@ -274,6 +310,8 @@ def _read_layer(message: pb.LayerSpec) -> LayerSpec:
     kind = _read_kind(message.kind, "layer.kind")
     if kind == LayerKind.WINDOW and not message.window:
         raise FormatError("a window has at least one token", field="layer.window")
+    if (kind == LayerKind.BLOCKS) != bool(message.block):
+        raise FormatError("blocks, and nothing else, have a length of at least one token", field="layer.block")
     return LayerSpec(
         message.index,
         message.count,
@@ -281,6 +319,7 @@ def _read_layer(message: pb.LayerSpec) -> LayerSpec:
         tuple(tensors),
         message.window,
         message.shares,
+        message.block,
     )
 
 
@@ -314,8 +353,8 @@ def _read_chunk(message: pb.ChunkSpec) -> ChunkSpec:
     )
 
 
-STORED_BY_ROW = (LayerKind.ROWS, LayerKind.WINDOW)
-"""Kinds of layers that add a row for each token."""
+STORED_BY_ROW = (LayerKind.ROWS, LayerKind.WINDOW, LayerKind.BLOCKS)
+"""Kinds of layers that add rows, for each token or for each block of them."""
 
 
 def _check_covered_once(manifest: Manifest) -> None:
@@ -368,12 +407,22 @@ def read_schedule(data: bytes) -> Schedule:
         check_limit("pass.tokens", entry.tokens, limits.MAX_TOKENS)
         if not entry.tokens or not entry.count or not entry.batch:
             raise FormatError("a pass has at least one token", field="schedule.passes")
-        read = Pass(entry.start, entry.tokens, entry.count, entry.batch)
+        read = Pass(entry.start, entry.tokens, entry.count, entry.batch, entry.path, entry.shared, entry.own)
+        _check_batch(read)
         check_limit("pass.end", read.end, limits.MAX_TOKENS)
         if passes and read.start != passes[-1].end:
             raise FormatError("passes must follow one another", field="schedule.passes")
         passes.append(read)
     return Schedule(tuple(passes), message.unknown)
+
+
+def _check_batch(entry: Pass) -> None:
+    check_limit("pass.batch", entry.batch, limits.MAX_BATCH)
+    alone = (entry.batch, entry.path, entry.shared, entry.own) == (1, 0, 0, 0)
+    behind = entry.start - entry.shared  # the path's own tokens before the first pass
+    if not alone and not (entry.path < entry.batch and entry.tokens == 1 and 0 <= behind <= entry.own):
+        raise FormatError("a pass of a batch does not fit the batch", field="schedule.passes")
+    check_limit("pass.own", entry.own, limits.MAX_TOKENS)
 
 
 def read_provenance(data: bytes) -> Provenance:

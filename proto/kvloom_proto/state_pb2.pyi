@@ -38,6 +38,8 @@ class _LayerKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LayerKind.V
     """holds nothing"""
     LAYER_KIND_OPAQUE: _LayerKind.ValueType  # 6
     """bytes of another engine, given back as they came"""
+    LAYER_KIND_BLOCKS: _LayerKind.ValueType  # 7
+    """one row per `block` tokens, append-only: the row that those tokens were compressed to"""
 
 class LayerKind(_LayerKind, metaclass=_LayerKindEnumTypeWrapper):
     """What a layer's state is like, and so how it is restored."""
@@ -55,6 +57,8 @@ LAYER_KIND_EMPTY: LayerKind.ValueType  # 5
 """holds nothing"""
 LAYER_KIND_OPAQUE: LayerKind.ValueType  # 6
 """bytes of another engine, given back as they came"""
+LAYER_KIND_BLOCKS: LayerKind.ValueType  # 7
+"""one row per `block` tokens, append-only: the row that those tokens were compressed to"""
 Global___LayerKind: _TypeAlias = LayerKind  # noqa: Y015
 
 @_typing.final
@@ -105,11 +109,13 @@ class LayerSpec(_message.Message):
     TENSORS_FIELD_NUMBER: _builtins.int
     WINDOW_FIELD_NUMBER: _builtins.int
     SHARES_FIELD_NUMBER: _builtins.int
+    BLOCK_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     count: _builtins.int
     kind: Global___LayerKind.ValueType
     window: _builtins.int
     shares: _builtins.int
+    block: _builtins.int
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]: ...
     def __init__(
@@ -121,10 +127,11 @@ class LayerSpec(_message.Message):
         tensors: _abc.Iterable[Global___TensorSpec] | None = ...,
         window: _builtins.int = ...,
         shares: _builtins.int = ...,
+        block: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "index", b"index", "kind", b"kind", "shares", b"shares", "tensors", b"tensors", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "count", b"count", "index", b"index", "kind", b"kind", "shares", b"shares", "tensors", b"tensors", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -259,10 +266,19 @@ class Pass(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
     BATCH_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    SHARED_FIELD_NUMBER: _builtins.int
+    OWN_FIELD_NUMBER: _builtins.int
     start: _builtins.int
     tokens: _builtins.int
     count: _builtins.int
     batch: _builtins.int
+    path: _builtins.int
+    """of a batch: which of its paths this is,"""
+    shared: _builtins.int
+    """how many tokens all of them begin with,"""
+    own: _builtins.int
+    """and how many columns the longest had behind those"""
     def __init__(
         self,
         *,
@@ -270,10 +286,13 @@ class Pass(_message.Message):
         tokens: _builtins.int = ...,
         count: _builtins.int = ...,
         batch: _builtins.int = ...,
+        path: _builtins.int = ...,
+        shared: _builtins.int = ...,
+        own: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "count", b"count", "start", b"start", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "count", b"count", "own", b"own", "path", b"path", "shared", b"shared", "start", b"start", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -7,6 +7,7 @@ that is stored with the turn, and running that schedule again gives the same bit
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
@@ -17,13 +18,14 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from kvloom import passes, support
+from kvloom import passes, siblings, support
 from kvloom._version import __version__
 from kvloom.errors import ContextOverflow, EngineError, UnsupportedInput, UnsupportedModel
 from kvloom.filters import float32
 from kvloom.identity import ModelIdentity, identity_of
-from kvloom.layers import StateList, dtype_name
+from kvloom.layers import dtype_name
 from kvloom.live import LiveState
+from kvloom.overwritten import StateList
 from kvloom.probe import Probe
 from kvloom.rope import LengthDependentRope
 from kvloom.sampling import SamplingSettings, choose
@@ -97,6 +99,12 @@ class TransformersEngine:
         now = identity_of(self.model)
         return replace(now, tokenizer=self._named.tokenizer, chat_template=self._named.chat_template)
 
+    @functools.cached_property
+    def apart(self) -> str | None:
+        """Why paths must be decoded one after another; None if they can be decoded together (``siblings``)."""
+        with self.lock:
+            return siblings.reason_against(self)
+
     def provenance(self) -> Provenance:
         """What changes only the rounding, now."""
         return Provenance(
@@ -163,6 +171,22 @@ class TransformersEngine:
         live.hidden = self._last_hidden
         logits: torch.Tensor = output.logits[0]
         return logits
+
+    def run_batch(
+        self, cache: Any, tokens: Sequence[int], positions: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One token of each of several paths; logits ``[paths, vocab]``, hidden states ``[paths, 1, hidden_size]``."""
+        self._rope.reset()
+        inputs: dict[str, Any] = {"input_ids": torch.tensor(tokens, device=self.device)[:, None]}
+        if self._takes_position_ids:
+            inputs["position_ids"] = torch.tensor(positions, device=self.device)[:, None]
+        if self._takes_logits_to_keep:
+            inputs["logits_to_keep"] = 1
+        inputs[self._cache_argument] = cache
+        with torch.inference_mode():
+            output = self.model(**inputs, use_cache=True)
+        assert self._last_hidden is not None
+        return output.logits[:, -1], self._last_hidden
 
     def _forward(self, cache: Any, ids: Sequence[int], start: int, last: int = 1) -> Any:
         """The model's own forward over tokens that follow ``start`` others whose state a cache holds."""
@@ -270,14 +294,18 @@ class TransformersEngine:
         """
         first = live.length
         with _threads(recorded.threads):
-            for start, end in schedule.each():
-                if cancel is not None and cancel.is_set():
-                    raise Cancelled
-                if progress is not None:
-                    progress(start - first, len(ids) - first)
-                if start != live.length:
+            for entry in schedule.passes:
+                if entry.start != live.length:
                     raise EngineError("the recorded passes do not follow what is held")
-                self.run_pass(live, ids[start:end])
+                if entry.batch > 1:
+                    siblings.replay(self, live, ids, entry)
+                    continue
+                for start, end in entry.each():
+                    if cancel is not None and cancel.is_set():
+                        raise Cancelled
+                    if progress is not None:
+                        progress(start - first, len(ids) - first)
+                    self.run_pass(live, ids[start:end])
 
     def bring_forward(
         self,

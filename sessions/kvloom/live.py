@@ -7,16 +7,18 @@ Tensors that a pass overwrites in place are copied at the points worth coming ba
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from kvloom.layers import Overwritten, RowLayer, attach
+from kvloom.layers import attach
+from kvloom.overwritten import Overwritten
+from kvloom.row_layers import RowLayer
 from kvloom_proto.records import STORED_BY_ROW, LayerKind, LayerSpec, TensorSpec, expand
-from kvloom_store.rows import Captured, Frame, RowBuffer, Rows, RowSource
+from kvloom_store.rows import Captured, Frame, RowBuffer, Rows, RowSource, shape_with
 from kvloom_store.writer import Handle
 
 CAPACITY_STEP = 1024
@@ -44,6 +46,12 @@ def from_bits(array: Rows, dtype: str) -> torch.Tensor:
     return torch.from_numpy(signed).view(TORCH_DTYPES[dtype])
 
 
+def rows_of(spec: LayerSpec, tensors: list[torch.Tensor], number: int, start: int, end: int) -> torch.Tensor:
+    """A view of the rows that positions [start, end) have in one of a layer's tensors, the batch included."""
+    first, count = spec.rows_before(start), spec.rows_between(start, end)
+    return tensors[number].narrow(1 + spec.tensors[number].token_axis, first, count)
+
+
 @dataclass(frozen=True, slots=True)
 class Link:
     """Rows [start, end) of the live state belong to this stored, or about to be stored, segment."""
@@ -61,8 +69,7 @@ class _DeviceRows:
     specs: list[LayerSpec]
 
     def rows(self, layer: int, tensor: int, start: int, end: int) -> Rows:
-        axis = self.specs[layer].tensors[tensor].token_axis
-        return to_bits(self.tensors[layer][tensor][0].narrow(axis, start, end - start).contiguous().cpu())
+        return to_bits(rows_of(self.specs[layer], self.tensors[layer], tensor, start, end)[0].contiguous().cpu())
 
     def block(self, layers: object, start: int, end: int) -> Rows | None:
         return None
@@ -123,7 +130,7 @@ class LiveState:
             self._use(RowBuffer(self.layers, self.capacity))
         else:
             self.tensors = [
-                [self._empty(tensor) for tensor in spec.tensors] if spec.kind in STORED_BY_ROW else []
+                [self._empty(spec, tensor) for tensor in spec.tensors] if spec.kind in STORED_BY_ROW else []
                 for spec in self.specs
             ]
             self.source = _DeviceRows(self.tensors, self.specs)
@@ -136,9 +143,9 @@ class LiveState:
         ]
         self.source = buffer
 
-    def _empty(self, spec: TensorSpec) -> torch.Tensor:
-        shape = (1, *spec.shape[: spec.token_axis], self.capacity, *spec.shape[spec.token_axis :])
-        return torch.empty(shape, dtype=self.torch_dtype(spec), device=self.device)
+    def _empty(self, spec: LayerSpec, tensor: TensorSpec) -> torch.Tensor:
+        shape = (1, *shape_with(tensor, spec.rows_before(self.capacity)))
+        return torch.empty(shape, dtype=self.torch_dtype(tensor), device=self.device)
 
     @staticmethod
     def torch_dtype(spec: TensorSpec) -> torch.dtype:
@@ -176,9 +183,8 @@ class LiveState:
         old, held = self.tensors, max((layer.length for layer in self._row_layers), default=0)
         self._allocate(max(tokens, self.capacity + self.capacity // 2))
         for spec, new_tensors, old_tensors in zip(self.specs, self.tensors, old, strict=True):
-            for tensor, new, kept in zip(spec.tensors, new_tensors, old_tensors, strict=False):
-                axis = 1 + tensor.token_axis
-                new.narrow(axis, 0, held).copy_(kept.narrow(axis, 0, held))
+            for number in range(len(new_tensors)):
+                rows_of(spec, new_tensors, number, 0, held).copy_(rows_of(spec, old_tensors, number, 0, held))
         for layer in self._row_layers:
             layer.show(layer.length)
 
@@ -216,26 +222,33 @@ class LiveState:
             layer.show(tokens)
         self._count = tokens
 
-    def take(self, rows: RowSource, kind: LayerKind, start: int, end: int) -> None:
-        """Copy rows [start, end) of layers of a kind from other memory: of another buffer, or put aside before."""
+    def take(self, rows: RowSource, kinds: Collection[LayerKind], start: int, end: int) -> None:
+        """Copy rows [start, end) of layers of some kinds from other memory: of another buffer, or put aside before."""
         for index, spec in enumerate(self.specs):
-            if spec.kind != kind:
+            if spec.kind not in kinds:
                 continue
             for number, tensor in enumerate(spec.tensors):
                 loaded = from_bits(np.ascontiguousarray(rows.rows(index, number, start, end)), tensor.dtype)
-                self.tensors[index][number][0].narrow(tensor.token_axis, start, end - start).copy_(loaded)
+                rows_of(spec, self.tensors[index], number, start, end)[0].copy_(loaded)
+
+    def extend(self, rows: RowSource, start: int, end: int) -> None:
+        """Hold rows [start, end), computed elsewhere, behind those that are here. Nothing is overwritten in place."""
+        self.reserve(end)
+        self.take(rows, STORED_BY_ROW, start, end)
+        self.show(end)
+        self.frame_at = end
 
     def put_aside(self, start: int, end: int) -> Callable[[], None]:
         """Copy rows [start, end) of every layer; what is returned puts them back and lets the layers end there."""
         saved = [
-            [t.narrow(1 + s.token_axis, start, end - start).clone() for t, s in zip(ts, spec.tensors, strict=False)]
+            [rows_of(spec, ts, number, start, end).clone() for number in range(len(ts))]
             for ts, spec in zip(self.tensors, self.specs, strict=True)
         ]
 
         def put_back() -> None:
             for ts, spec, copies in zip(self.tensors, self.specs, saved, strict=True):
-                for tensor, s, copy in zip(ts, spec.tensors, copies, strict=False):
-                    tensor.narrow(1 + s.token_axis, start, end - start).copy_(copy)
+                for number, copy in enumerate(copies):
+                    rows_of(spec, ts, number, start, end).copy_(copy)
             self.show(end)
 
         return put_back
@@ -252,7 +265,7 @@ class LiveState:
     def put_frame(self, frame: Frame | None, position: int) -> None:
         """Let the state that is overwritten in place be this copy, taken at ``position``; None for the beginning."""
         for number, held in self._overwritten.items():
-            held.put({} if frame is None else self._tensors_of(number, frame))
+            held.put({} if frame is None else self._tensors_of(number, frame), position)
         self.frame_at = position
 
     def _tensors_of(self, number: int, frame: Frame) -> dict[str, torch.Tensor]:
@@ -274,7 +287,8 @@ class LiveState:
     def recall(self) -> None:
         """Put back what was copied last: a pass was broken off in the middle."""
         for number, held in self._overwritten.items():
-            held.put({name: tensor.clone() for name, tensor in self._before[number].items()} if self._before_at else {})
+            before = {name: tensor.clone() for name, tensor in self._before[number].items()} if self._before_at else {}
+            held.put(before, self._before_at or 0)
         self.frame_at = self._before_at
 
     def keep_frame(self) -> None:

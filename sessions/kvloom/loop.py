@@ -9,9 +9,11 @@ import torch
 from transformers import DynamicCache
 
 from kvloom.errors import UnsupportedInput
-from kvloom.layers import RowLayer, StateList, WindowLayer, row_tensors, same_bits, states_of
-from kvloom.live import Link, LiveState, to_bits
+from kvloom.layers import row_tensors, states_of
+from kvloom.live import Link, LiveState, rows_of, to_bits
+from kvloom.overwritten import StateList
 from kvloom.resume import Resumer
+from kvloom.row_layers import RowLayer, WindowLayer, same_bits
 from kvloom_proto.records import STORED_BY_ROW, LayerKind, Schedule
 from kvloom_store import segments, trie
 from kvloom_store.rows import Rows
@@ -77,7 +79,8 @@ def _live_of(loom: KVLoom, cache: Any, tokens: int) -> LiveState:
             f"the cache holds {len(held)} layer states, the model {len(live.specs)}, or of other kinds",
             hint="make it with transformers' own DynamicCache(config=model.config), or take the one of lookup()",
         )
-    lengths = {holder.get_seq_length() for kind, holder in held if kind in STORED_BY_ROW} or {tokens}
+    counting = [holder for kind, holder in held if kind in (LayerKind.ROWS, LayerKind.WINDOW)]
+    lengths = {holder.get_seq_length() for holder in counting} or {tokens}
     length = lengths.pop()
     if lengths:
         raise UnsupportedInput("the layers of the cache do not hold the same number of tokens")
@@ -102,17 +105,18 @@ def _take_rows(live: LiveState, number: int, layer: Any, length: int) -> None:
     Of a cache that was looked up, those before its ``window_base`` may be missing; ``_share_prefix`` leaves them alone.
     """
     rows = layer.all_rows(length) if isinstance(layer, RowLayer) else row_tensors(layer)
-    specs = live.specs[number].tensors
+    layer_spec = live.specs[number]
+    specs, needed = layer_spec.tensors, layer_spec.rows_before(length)
     if "values" in rows and "values" not in {spec.name for spec in specs} and not same_bits(layer.keys, layer.values):
         raise UnsupportedInput(f"layer state {number} holds values; this model's are its keys")
     for spec, target in zip(specs, live.tensors[number], strict=True):
         source, axis = rows[spec.name], 1 + spec.token_axis
-        if source.shape[axis] < length:
+        if source.shape[axis] < needed:
             raise UnsupportedInput(
                 f"layer state {number} has let go of rows behind its window, and cannot be stored whole",
                 hint="take the cache from lookup(), which keeps them",
             )
-        place = target.narrow(axis, 0, length)
+        place = target.narrow(axis, 0, needed)
         if source.shape != place.shape or source.dtype != place.dtype:
             raise UnsupportedInput(
                 f"layer state {number} holds {spec.name} {source.dtype} {tuple(source.shape)}; "
@@ -135,10 +139,12 @@ def _share_prefix(loom: KVLoom, resumer: Resumer, live: LiveState, ids: Sequence
         same -= 1  # so that the last token, and with it the keyframe, is stored beside the other
     for spec, held, own in zip(live.specs, stored.tensors, live.tensors, strict=True):
         first = max(0, live.window_base - spec.window + 1) if spec.kind == LayerKind.WINDOW else 0
-        for tensor, a, b in zip(spec.tensors, held, own, strict=False):
+        for number in range(len(own)):
             if same > first:
-                axis, count = 1 + tensor.token_axis, same - first
-                same = first + _same_rows(a.narrow(axis, first, count), b.narrow(axis, first, count), axis)
+                a, b = rows_of(spec, held, number, first, same), rows_of(spec, own, number, first, same)
+                alike, axis = _same_rows(a, b, 1 + spec.tensors[number].token_axis), 1 + spec.tensors[number].token_axis
+                if alike < a.shape[axis]:
+                    same = (spec.rows_before(first) + alike) * (spec.block or 1)
     if not live.sees(same):
         raise UnsupportedInput(
             f"the cache holds the rows of its windows from token {live.window_base} on, and begins otherwise than "

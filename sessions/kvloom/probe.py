@@ -11,7 +11,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvloom import support
 from kvloom.errors import UnsupportedModel
-from kvloom.layers import StateList, layer_specs, states_of
+from kvloom.layers import layer_specs, states_of
+from kvloom.overwritten import StateList
 from kvloom_proto.records import LayerKind, LayerSpec, expand
 
 Forward = Callable[[Any, list[int], int], Any]
@@ -92,9 +93,9 @@ class Probe:
         plain = self._forward(copy.deepcopy(self._like), ids, FIRST).logits[0, -1]
         names = {
             name.partition(".")[0]
-            for spec in self.layers
-            if spec.kind == LayerKind.KEYFRAME
-            for name in (t.name for t in spec.tensors)
+            for kind, holder in states_of(self._like)
+            if kind == LayerKind.KEYFRAME and holder.every_token
+            for name in holder.tensors()
         }
         return any(torch.equal(plain, self._logits_with_other(name, ids)) for name in sorted(names))
 
@@ -105,7 +106,7 @@ class Probe:
                 tensors = holder.tensors()
                 with torch.inference_mode():
                     others = {n: t + 1 if n.partition(".")[0] == name else t for n, t in tensors.items()}
-                holder.put(others)
+                holder.put(others, FIRST)
         logits: torch.Tensor = self._forward(cache, ids, FIRST).logits[0, -1]
         return logits
 

@@ -370,9 +370,9 @@ class Resumer:
         elif rows or windows:
             staging = RowBuffer(live.layers, plan.position)
             _count(account, rows, windows, restore.load(conn, links, rows, windows, staging))
-            for kind, reads in ((LayerKind.ROWS, rows), (LayerKind.WINDOW, windows)):
+            for kinds, reads in (((LayerKind.ROWS, LayerKind.BLOCKS), rows), ((LayerKind.WINDOW,), windows)):
                 if reads:
-                    live.take(staging, kind, reads[0].start, reads[-1].end)
+                    live.take(staging, kinds, reads[0].start, reads[-1].end)
         live.show(plan.position)
         live.window_base = base  # only now: if reading fails, or is stopped, what is in sight here is still missing
         if plan.keyframe is None:

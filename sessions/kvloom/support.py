@@ -69,12 +69,17 @@ def check_cache(model: PreTrainedModel, cache: Any, tokens: int) -> None:
         tensors: Mapping[str, torch.Tensor] = {}
         if kind == LayerKind.KEYFRAME:
             tensors = holder.tensors()
+        elif kind == LayerKind.BLOCKS:
+            tensors = holder.tensors()
+            if any(tensor.shape[1] != tokens // holder.block for tensor in tensors.values()):
+                raise UnsupportedModel(name, f"layer state {index} does not hold one row per {holder.block} tokens")
         elif kind in STORED_BY_ROW:
             if holder.get_seq_length() != tokens:
                 raise UnsupportedModel(name, f"layer state {index} does not hold one row per token")
             tensors = row_tensors(holder)
         for tensor_name, tensor in tensors.items():
-            if dtype_name(tensor.dtype) not in TORCH_DTYPES or tensor.shape[0] != 1 or not tensor.numel():
+            empty = not tensor.numel() and kind != LayerKind.BLOCKS  # no block may be whole yet
+            if dtype_name(tensor.dtype) not in TORCH_DTYPES or tensor.shape[0] != 1 or empty:
                 shape = tuple(tensor.shape)
                 raise UnsupportedModel(name, f"layer state {index} holds {tensor_name} {tensor.dtype} {shape}")
     if not any(kind != LayerKind.EMPTY for kind, _ in found):

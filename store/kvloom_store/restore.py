@@ -16,10 +16,12 @@ import sqlalchemy as sa
 from kvloom_proto.errors import ChecksumMismatch, FormatError
 from kvloom_proto.records import (
     ITEM_BYTES,
+    STORED_BY_ROW,
     ChunkSpec,
     LayerKind,
     LayerSpec,
     Manifest,
+    TensorSpec,
     covered,
     expand,
 )
@@ -91,7 +93,8 @@ def load(
     """
     by_id = {link.id: link for link in links}
     total = 0
-    for kind, reads in ((LayerKind.ROWS, rows), (LayerKind.WINDOW, windows)):
+    for kind in STORED_BY_ROW:
+        reads = windows if kind == LayerKind.WINDOW else rows
         wanted = {
             (read.segment, spec.layer, spec.position): (read, by_id[read.segment].manifest, spec)
             for read in reads
@@ -221,17 +224,23 @@ def _checked_raw(values: dict[str, Any], layers: list[LayerSpec], segment_id: in
 def _scatter(raw: codec.Buffer, layers: list[LayerSpec], spec: ChunkSpec, start: int, end: int, sink: RowSink) -> None:
     """Copy rows [start, end) of a chunk to their place."""
     numbers = covered(layers, spec)
-    take = slice(start - spec.position, end - spec.position)
     block = sink.block(numbers, start, end)
     if block is not None:  # one copy, and one hold of the interpreter's lock, for all layers of the chunk
-        tensor = layers[numbers[0]].tensors[0]
-        whole = np.frombuffer(raw, block.dtype).reshape(*block.shape[:2], *shape_with(tensor, spec.tokens))
+        tensor, count, take = _taken(layers[numbers[0]], 0, spec, start, end)
+        whole = np.frombuffer(raw, block.dtype).reshape(*block.shape[:2], *shape_with(tensor, count))
         block[...] = whole[(slice(None),) * (2 + tensor.token_axis) + (take,)]
         return
     at = 0
     for number in numbers:
-        for index, tensor in enumerate(layers[number].tensors):
-            shape = shape_with(tensor, spec.tokens)
+        for index in range(len(layers[number].tensors)):
+            tensor, count, take = _taken(layers[number], index, spec, start, end)
+            shape = shape_with(tensor, count)
             rows = np.frombuffer(raw, element_type(tensor.dtype), math.prod(shape), at).reshape(shape)
-            at += tensor.row_bytes * spec.tokens
+            at += tensor.row_bytes * count
             sink.rows(number, index, start, end)[...] = rows[(slice(None),) * tensor.token_axis + (take,)]
+
+
+def _taken(layer: LayerSpec, index: int, spec: ChunkSpec, start: int, end: int) -> tuple[TensorSpec, int, slice]:
+    """A tensor of a layer, how many of its rows a chunk holds, and which of those belong to positions [start, end)."""
+    first, last = layer.rows_before(spec.position), layer.rows_before(spec.position + spec.tokens)
+    return layer.tensors[index], last - first, slice(layer.rows_before(start) - first, layer.rows_before(end) - first)

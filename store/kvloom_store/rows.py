@@ -36,7 +36,7 @@ class RowSource(Protocol):
     """Whatever rows can be read from: a RowBuffer, or a live cache on any device."""
 
     def rows(self, layer: int, tensor: int, start: int, end: int) -> Rows:
-        """Rows [start, end) of a layer's tensor: ``spec.shape`` with end - start inserted at its token axis."""
+        """The rows of positions [start, end) of a layer's tensor, at its token axis: one a token, or a block."""
         ...
 
     def block(self, layers: Sequence[int], start: int, end: int) -> Rows | None:
@@ -57,9 +57,9 @@ def element_type(dtype: str) -> np.dtype[np.unsignedinteger]:
     return np.dtype(f"u{ITEM_BYTES[dtype]}")
 
 
-def shape_with(spec: TensorSpec, tokens: int) -> tuple[int, ...]:
-    """A tensor's shape for so many tokens, without the batch."""
-    return (*spec.shape[: spec.token_axis], tokens, *spec.shape[spec.token_axis :])
+def shape_with(spec: TensorSpec, rows: int) -> tuple[int, ...]:
+    """A tensor's shape for so many rows, without the batch."""
+    return (*spec.shape[: spec.token_axis], rows, *spec.shape[spec.token_axis :])
 
 
 class RowBuffer:
@@ -70,12 +70,13 @@ class RowBuffer:
         # Every head of every tensor begins on a cache line: alignment can change how a kernel sums, and so the bits.
         self.capacity = capacity = -(-capacity // ALIGNED_TOKENS) * ALIGNED_TOKENS
         self._specs = expand(layers)
-        alike: dict[tuple[TensorSpec, ...], list[int]] = {}
+        alike: dict[tuple[int, tuple[TensorSpec, ...]], list[int]] = {}
         for number, spec in enumerate(self._specs):
             if spec.kind in STORED_BY_ROW:
-                alike.setdefault(spec.tensors, []).append(number)
+                alike.setdefault((spec.block, spec.tensors), []).append(number)
         # Each group begins on a cache line of its own.
-        sizes = [-(-self._specs[group[0]].row_bytes * len(group) * capacity // 64) * 64 for group in alike.values()]
+        first = [(self._specs[group[0]], len(group)) for group in alike.values()]
+        sizes = [-(-spec.row_bytes * count * spec.rows_before(capacity) // 64) * 64 for spec, count in first]
         memory = _allocate(sum(sizes))
         self.tensors: list[list[Rows]] = [[] for _ in self._specs]
         self._groups: dict[int, tuple[int, Rows]] = {}  # layer: its place in its group, and the group's memory
@@ -86,8 +87,9 @@ class RowBuffer:
 
     def _place(self, memory: mmap.mmap, at: int, group: list[int]) -> None:
         tensors = self._specs[group[0]].tensors
+        room = self._specs[group[0]].rows_before(self.capacity)
         if len({(tensor.dtype, tensor.shape, tensor.token_axis) for tensor in tensors}) == 1:
-            shape = (len(group), len(tensors), *shape_with(tensors[0], self.capacity))
+            shape = (len(group), len(tensors), *shape_with(tensors[0], room))
             whole = np.frombuffer(memory, element_type(tensors[0].dtype), math.prod(shape), at).reshape(shape)
             for place, number in enumerate(group):
                 self.tensors[number] = list(whole[place])
@@ -95,14 +97,15 @@ class RowBuffer:
             return
         for number in group:  # tensors that differ in shape (MLA's latents, say) lie one after another
             for tensor in tensors:
-                flat = np.frombuffer(memory, element_type(tensor.dtype), math.prod(tensor.shape) * self.capacity, at)
-                self.tensors[number].append(flat.reshape(shape_with(tensor, self.capacity)))
-                at += tensor.row_bytes * self.capacity
+                flat = np.frombuffer(memory, element_type(tensor.dtype), math.prod(tensor.shape) * room, at)
+                self.tensors[number].append(flat.reshape(shape_with(tensor, room)))
+                at += tensor.row_bytes * room
 
     def rows(self, layer: int, tensor: int, start: int, end: int) -> Rows:
-        """A view of rows [start, end); writing to it writes into the buffer."""
-        axis = self._specs[layer].tensors[tensor].token_axis
-        return self.tensors[layer][tensor][(slice(None),) * axis + (slice(start, end),)]
+        """A view of the rows of positions [start, end); writing to it writes into the buffer."""
+        spec = self._specs[layer]
+        some = slice(spec.rows_before(start), spec.rows_before(end))
+        return self.tensors[layer][tensor][(slice(None),) * spec.tensors[tensor].token_axis + (some,)]
 
     def block(self, layers: Sequence[int], start: int, end: int) -> Rows | None:
         """One view of the rows [start, end) of layers that are alike, so that they are copied in one go."""
@@ -113,8 +116,9 @@ class RowBuffer:
             there, other = self._groups.get(number, (-1, None))
             if other is not whole or there != place + offset:
                 return None
-        axis = self._specs[layers[0]].tensors[0].token_axis
-        return whole[place : place + len(layers)][(slice(None),) * (2 + axis) + (slice(start, end),)]
+        spec = self._specs[layers[0]]
+        some = slice(spec.rows_before(start), spec.rows_before(end))
+        return whole[place : place + len(layers)][(slice(None),) * (2 + spec.tensors[0].token_axis) + (some,)]
 
 
 def _allocate(size: int) -> mmap.mmap:

@@ -18,6 +18,7 @@ import sqlalchemy as sa
 from kvloom_proto import limits
 from kvloom_proto.records import (
     ITEM_BYTES,
+    STORED_BY_ROW,
     ChunkSpec,
     LayerKind,
     LayerSpec,
@@ -88,7 +89,7 @@ def cut(layers: tuple[LayerSpec, ...], start: int, end: int, keyframes: Sequence
     expanded = expand(layers)
     windows = any(spec.kind == LayerKind.WINDOW for spec in layers)
     width = limits.WINDOW_CHUNK_TOKENS if windows else limits.CHUNK_TOKENS
-    for kind in (LayerKind.ROWS, LayerKind.WINDOW):
+    for kind in STORED_BY_ROW:
         if any(spec.kind == kind for spec in layers):
             for position in range(start - start % width, end, width):
                 first, last = max(start, position), min(end, position + width)
@@ -101,13 +102,19 @@ def _runs(layers: list[LayerSpec], kind: LayerKind, position: int, tokens: int) 
     run: list[int] = []
     size = 0
     for number in [*(n for n, spec in enumerate(layers) if spec.kind == kind), None]:
-        more = layers[number].row_bytes * (tokens or 1) if number is not None else 0
+        more = _bytes_of(layers[number], position, tokens) if number is not None else 0
         if run and (number is None or size + more > limits.CHUNK_BYTES):
             yield ChunkSpec(kind, position, tokens, run[0], run[-1] - run[0] + 1, codec.RAW, size, size, b"", b"")
             run, size = [], 0
         if number is not None:
             run.append(number)
             size += more
+
+
+def _bytes_of(spec: LayerSpec, position: int, tokens: int) -> int:
+    """What some tokens add to a layer; what all of its state is, where it is overwritten in place."""
+    rows = 1 if spec.kind == LayerKind.KEYFRAME else spec.rows_between(position, position + tokens)
+    return spec.row_bytes * rows
 
 
 def gather(source: Captured, layers: list[LayerSpec], spec: ChunkSpec) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import sqlalchemy as sa
@@ -28,7 +29,10 @@ def stats(database: Database, session_row: int | None = None) -> dict[str, Any]:
         states = sa.select(turn_state).join(turn, turn.c.id == turn_state.c.turn).where(mine).subquery()
         segments = _segments(conn, None if session_row is None else states)
         layers = _layers(conn, segments)
-        widths = {root: sum(e.row_bytes for e in some if e.kind in STORED_BY_ROW) for root, some in layers.items()}
+        widths = {
+            root: sum(e.row_bytes / (e.block or 1) for e in some if e.kind in STORED_BY_ROW)
+            for root, some in layers.items()
+        }
         covered = _covered(conn, segments, widths)
         frames = sum(row.raw_bytes - (row.end - row.start) * widths[row.root] for row in segments)
         logical = sum((end - start) * width for (_, width), spans in covered.items() for start, end in spans) + frames
@@ -67,8 +71,8 @@ def _snapshot(layers: list[LayerSpec], tokens: int) -> int:
     """Bytes of one whole snapshot of the state after so many tokens."""
     size = 0
     for each in layers:
-        if each.kind == LayerKind.ROWS:
-            size += each.row_bytes * tokens
+        if each.kind in (LayerKind.ROWS, LayerKind.BLOCKS):
+            size += each.row_bytes * each.rows_before(tokens)
         elif each.kind == LayerKind.WINDOW:
             size += each.row_bytes * min(tokens, each.window - 1)
         else:
@@ -102,11 +106,11 @@ def _nodes(conn: sa.Connection, start: sa.Select[Any]) -> dict[int, Any]:
 
 
 def _covered(
-    conn: sa.Connection, segments: list[sa.Row[Any]], widths: dict[int, int]
-) -> dict[tuple[int, int], list[tuple[int, int]]]:
+    conn: sa.Connection, segments: list[sa.Row[Any]], widths: Mapping[int, float]
+) -> dict[tuple[int, float], list[tuple[int, int]]]:
     """For each node, the spans of positions whose state is held, and the bytes of one position's rows."""
     found = _nodes(conn, sa.select(segment.c.node.label("id")).where(segment.c.complete == 1)) if segments else {}
-    spans: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    spans: dict[tuple[int, float], list[tuple[int, int]]] = {}
     for row in segments:
         at, end = row.node, row.end
         while end > row.start:  # a segment may span ancestors of its node

@@ -123,18 +123,22 @@ def stored_rows(conn: sa.Connection, segment_id: int) -> tuple[dict[str, Any], d
     """A segment's row, and all its rows by (layer, tensor), token axis first; those of windows, too."""
     row = _one(conn, segment, segment_id)
     made: dict[tuple[int, int], np.ndarray] = {}
+    layers = expand(read_manifest(row["manifest"]).layers)
     for spec, tensors, data in _chunks(conn, segment_id, read_manifest(row["manifest"])):
         if spec.kind == LayerKind.KEYFRAME:
             continue
         raw = data
         for layer, number, tensor in tensors:
-            size = math.prod(tensor.shape) * spec.tokens * ITEM_BYTES[tensor.dtype]
-            shape = (*tensor.shape[: tensor.token_axis], spec.tokens, *tensor.shape[tensor.token_axis :])
+            before = layers[layer].rows_before
+            first, count = before(spec.position), before(spec.position + spec.tokens) - before(spec.position)
+            size = math.prod(tensor.shape) * count * ITEM_BYTES[tensor.dtype]
+            shape = (*tensor.shape[: tensor.token_axis], count, *tensor.shape[tensor.token_axis :])
             rows = np.frombuffer(raw[:size], f"<i{ITEM_BYTES[tensor.dtype]}").reshape(shape)
             raw = raw[size:]
-            whole = made.setdefault((layer, number), np.zeros((row["end"] - row["start"], *tensor.shape), rows.dtype))
-            first = spec.position - row["start"]
-            whole[first : first + spec.tokens] = np.moveaxis(rows, tensor.token_axis, 0)
+            whole = np.zeros((before(row["end"]) - before(row["start"]), *tensor.shape), rows.dtype)
+            whole = made.setdefault((layer, number), whole)
+            first -= before(row["start"])
+            whole[first : first + count] = np.moveaxis(rows, tensor.token_axis, 0)
         assert not raw
     return row, made
 
@@ -174,8 +178,9 @@ def expected_state(conn: sa.Connection, chain: Sequence[tuple[dict[str, Any], in
     parts: dict[tuple[int, int], list[np.ndarray]] = {}
     frames: dict[int, dict[str, np.ndarray]] = {}
     for row, upto in chain:
+        layers = expand(read_manifest(row["manifest"]).layers)
         for key, rows in stored_rows(conn, row["id"])[1].items():
-            parts.setdefault(key, []).append(rows[: upto - row["start"]])
+            parts.setdefault(key, []).append(rows[: layers[key[0]].rows_between(row["start"], upto)])
         found = stored_frames(conn, row["id"])
         # One at the very position where a segment begins is its own, whatever its base has there.
         frames |= {position: frame for position, frame in found.items() if position <= upto}

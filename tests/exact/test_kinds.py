@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from tiny import FULL_ATTENTION, KINDS, OTHERS, tiny_model, tiny_tokenizer
-from tiny_configs import HYBRID, RECURRENT
+from tiny_configs import COMPRESSED, HYBRID, RECURRENT
 
 from exact import harness, trials
 from exact.run import main
@@ -84,7 +84,7 @@ def test_points_were_met_again_and_compared_with_the_run_that_never_stopped(foun
 
 def test_keyframes_were_judged_where_there_are_any(found: Found) -> None:
     judged = {kind for kind in STATEFUL if any(verdict["frames"] for verdict in found.of(kind))}
-    assert judged == {*RECURRENT, *HYBRID}
+    assert judged == {*COMPRESSED, *RECURRENT, *HYBRID}
 
 
 @pytest.mark.parametrize("kind", OTHERS)

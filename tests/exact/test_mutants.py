@@ -12,8 +12,8 @@ import pytest
 
 import kvloom.passes
 from exact import harness, trials, worker
-from kvloom.layers import WindowLayer
 from kvloom.live import LiveState
+from kvloom.row_layers import WindowLayer
 from kvloom_proto.records import STORED_BY_ROW, expand
 from kvloom_store import restore
 from kvloom_store.database import Database

@@ -30,7 +30,7 @@ from kvloom.engine import TransformersEngine
 from kvloom.live import LiveState
 from kvloom.loom import KVLoom
 from kvloom.sampling import SamplingSettings
-from kvloom_proto.records import LayerKind
+from kvloom_proto.records import STORED_BY_ROW, LayerKind
 from kvloom_store import refs, trie, turns
 from kvloom_store.names import parse_ref
 from kvloom_store.turns import TurnState
@@ -70,7 +70,7 @@ def rows_of(live: LiveState, end: int) -> list[str]:
     """A digest of the rows [0, end) of each tensor, as they stand in live memory; of a window those still in sight."""
     found = []
     for layer, spec in enumerate(live.specs):
-        if spec.kind in (LayerKind.ROWS, LayerKind.WINDOW):
+        if spec.kind in STORED_BY_ROW:
             first = max(0, end - spec.window + 1) if spec.kind == LayerKind.WINDOW else 0
             for number in range(len(spec.tensors)):
                 found.append(sha(np.ascontiguousarray(live.source.rows(layer, number, first, end)).tobytes()))

@@ -311,10 +311,24 @@ passes = st.lists(st.tuples(st.integers(1, 1000), st.integers(1, 50), st.integer
 def test_any_schedule_reads_back_as_it_was(start: int, each: list[tuple[int, int, int]], unknown: bool) -> None:
     made: list[Pass] = []
     for tokens, count, batch in each:
-        made.append(Pass(made[-1].end if made else start, tokens, count, batch))
+        at = made[-1].end if made else start
+        of_batch = Pass(at, 1, count, batch, batch - 1, at - min(at, tokens), tokens)
+        made.append(of_batch if batch > 1 else Pass(at, tokens, count))
     schedule = Schedule(tuple(made), unknown)
     assert read_schedule(pack(schedule)) == schedule
     assert pack(read_schedule(pack(schedule))) == pack(schedule)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"path": 4}, {"tokens": 2}, {"shared": 9}, {"own": 2}, {"batch": 1}, {"batch": limits.MAX_BATCH + 1}],
+    ids=str,
+)
+def test_a_pass_that_does_not_fit_its_batch_is_refused(wrong: dict[str, int]) -> None:
+    sound = {"start": 8, "tokens": 1, "count": 5, "batch": 4, "path": 3, "shared": 5, "own": 3}
+    assert read_schedule(_schedule(sound)).passes == (Pass(8, 1, 5, 4, 3, 5, 3),)
+    with pytest.raises(FormatError):
+        read_schedule(_schedule({**sound, **wrong}))
 
 
 @given(data=st.binary(max_size=300))

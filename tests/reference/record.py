@@ -8,6 +8,7 @@ about both, and a mutant that it accepts says that the referee is blind.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import json
 import random
@@ -21,9 +22,10 @@ from tiny import tiny_model
 from tiny_configs import RESTARTING
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HCACache
 
 from reference.replay import bits
-from reference.state import decoder, new_cache, reset_rope
+from reference.state import TAIL_FIELDS, decoder, new_cache, reset_rope, tails
 
 Tensors = dict[str, torch.Tensor]
 Fault = Callable[["Recorder", int], None]
@@ -37,7 +39,9 @@ class Recorder:
         self.takes = inspect.signature(model.forward).parameters
         cache: Any = new_cache(model)
         for layer in getattr(cache, "layers", ()):
-            if isinstance(layer, DynamicSlidingWindowLayer):
+            if isinstance(layer, DeepseekV4HCACache):
+                layer.__class__ = recording(type(layer))
+            elif isinstance(layer, DynamicSlidingWindowLayer):
                 layer.activate_past_recording()
         self.saved: dict[int, Any] = {0: cache}  # RWKV's state is a list, and None to begin with
         self.state = copy.deepcopy(cache)
@@ -79,6 +83,9 @@ class Recorder:
         if boundary < keep:
             self.state, _ = self.forward(self.state, self.tokens[boundary:keep], boundary)
             for layer, whole in zip(getattr(self.state, "layers", ()), getattr(old, "layers", ()), strict=True):
+                if isinstance(layer, DeepseekV4HCACache):
+                    layer.go_back(whole, keep)
+                    continue
                 for name in ("keys", "values", "indexer_keys"):
                     if getattr(whole, name, None) is not None:
                         setattr(layer, name, getattr(whole, name)[..., :keep, :])
@@ -103,6 +110,24 @@ class Recorder:
         return {name: bits(tensor).clone() for name, tensor in named.items()}
 
 
+@functools.cache
+def recording(kind: type[DeepseekV4HCACache]) -> type[DeepseekV4HCACache]:
+    """A layer of that kind that keeps what its window drops: it does not know transformers' own switch for it."""
+
+    def update(layer: Any, keys: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        past = getattr(layer, "past", None)
+        layer.past = keys if past is None else torch.cat([past, keys], dim=-2)
+        return kind.update(layer, keys, *rest, **named)
+
+    def go_back(layer: Any, whole: Any, keep: int) -> None:
+        layer.past = whole.past[..., :keep, :]
+        layer.keys = layer.values = layer.past[..., max(0, keep - layer.sliding_window + 1) :, :]
+        for name, rows in whole.compressed_kv.items():
+            layer.compressed_kv[name] = rows[:, : keep // layer.compress_rate]
+
+    return type(kind.__name__, (kind,), {"_layer_type": None, "update": update, "go_back": go_back})
+
+
 def parts(state: Any) -> list[tuple[str, Any]]:
     """("rows" or "frame" or "empty", the object that holds it) for each part."""
     if isinstance(state, list):
@@ -112,6 +137,10 @@ def parts(state: Any) -> list[tuple[str, Any]]:
         attention, linear = hasattr(layer, "keys"), hasattr(layer, "conv_states")
         if attention or not linear:
             found.append(("rows", layer) if getattr(layer, "keys", None) is not None else ("empty", None))
+        if isinstance(layer, DeepseekV4HCACache):
+            held = {field: getattr(layer, field) for field in TAIL_FIELDS if hasattr(layer, field)}
+            frame = {name: tensor[None] for name, tensor in tails(layer, held).items()}
+            found += [("blocks", layer), ("frame", frame)]
         if linear:
             tensors = {}
             for n in range(layer.number_of_states):
@@ -129,13 +158,18 @@ def parts(state: Any) -> list[tuple[str, Any]]:
 def rows(state: Any) -> Tensors:
     """All rows of a state: its windows have kept theirs."""
     names = ("keys", "values", "indexer_keys")
-    return {
-        f"{name}.{part}": getattr(layer, name)[0]
-        for part, (kind, layer) in enumerate(parts(state))
-        if kind == "rows"
-        for name in names
-        if getattr(layer, name, None) is not None
-    }
+    found: Tensors = {}
+    for part, (kind, layer) in enumerate(parts(state)):
+        if kind == "blocks":
+            found |= {f"compressed_kv.{name}.{part}": tensor[0] for name, tensor in layer.compressed_kv.items()}
+        elif kind == "rows" and isinstance(layer, DeepseekV4HCACache):
+            found[f"keys.{part}"] = layer.past[0]
+        elif kind == "rows":
+            held = {name: getattr(layer, name, None) for name in names}
+            if held["values"].shape == held["keys"].shape and torch.equal(held["keys"], held["values"]):
+                del held["values"]  # they are the keys, and stored once
+            found |= {f"{name}.{part}": tensor[0] for name, tensor in held.items() if tensor is not None}
+    return found
 
 
 def frames(state: Any) -> Tensors:
@@ -173,7 +207,7 @@ def swapped_layers(run: Recorder, _after: int) -> None:
         if kind == "rows" and len(alike) > 1:
             a, b = next((a, b) for n, a in enumerate(alike) for b in alike[n + 1 :] if type(a) is type(b))
             a.keys, b.keys, a.values, b.values = b.keys, a.keys, b.values, a.values
-        elif kind == "frame" and len(alike) > 1:
+        elif kind == "frame" and len(alike) > 1 and alike[0].keys() == alike[1].keys():
             _exchange(alike[0], alike[1])
         elif kind == "frame" and alike:  # RWKV's tensors hold all layers
             for tensor in alike[0].values():
@@ -183,6 +217,9 @@ def swapped_layers(run: Recorder, _after: int) -> None:
 def late_frame(run: Recorder, after: int) -> None:
     """Frames of one token later than the rows they come with."""
     later, _ = run.forward(copy.deepcopy(run.state), [after], len(run.tokens))
+    for layer, new in zip(getattr(run.state, "layers", ()), getattr(later, "layers", ()), strict=True):
+        if isinstance(layer, DeepseekV4HCACache):
+            vars(layer).update({field: getattr(new, field) for field in TAIL_FIELDS if hasattr(new, field)})
     for (kind, old), (_, new) in zip(parts(run.state), parts(later), strict=True):
         if kind == "frame":
             for name, tensor in old.items():

@@ -23,9 +23,12 @@ from transformers.cache_utils import (
     LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionLayer,
 )
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4CSACache, DeepseekV4HCACache
 from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
 KNOWN = (
+    DeepseekV4CSACache,
+    DeepseekV4HCACache,
     DummyLayer,
     DynamicIndexedLayer,
     DynamicLayer,
@@ -36,6 +39,8 @@ KNOWN = (
 )
 FRAME_FIELDS = ("conv_states", "recurrent_states", "is_conv_states_initialized", "is_recurrent_states_initialized")
 FRAME_FIELDS += ("has_previous_state", "conv_kernel_size", "dtype", "device")
+TAIL_FIELDS = ("buffer_kv", "buffer_gate", "overlap_kv", "overlap_gate")
+"""What a layer that compresses blocks of tokens keeps of the block that is not whole yet."""
 
 Tensors = dict[str, torch.Tensor]
 
@@ -75,6 +80,7 @@ class Held:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.log: dict[int, Tensors] = {}  # by cache layer: every row of the path, those a window dropped, too
+        self.blocks: dict[int, Tensors] = {}  # by cache layer: the row of every whole block of the path
         self.states: list[torch.Tensor] | None = None  # RWKV's
         self.cache = self._new_cache()
         self.path: list[Stretch] = []
@@ -91,7 +97,8 @@ class Held:
         update, update_indexer = cache.update, cache.update_indexer
 
         def logged(keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *rest: Any, **named: Any) -> Any:
-            self._note(layer_idx, {"keys": keys, "values": values})
+            same = keys.data_ptr() == values.data_ptr() and keys.shape == values.shape
+            self._note(layer_idx, {"keys": keys} if same else {"keys": keys, "values": values})
             return update(keys, values, layer_idx, *rest, **named)
 
         def logged_indexer(keys: torch.Tensor, layer_idx: int) -> Any:
@@ -119,6 +126,12 @@ class Held:
             self.states = copy.deepcopy(output.state)
         self.path.append(stretch)
         self.frames[self.length] = self._frame()
+        for index, layer in self._compressing():
+            self.blocks[index] = dict(layer.compressed_kv)
+
+    def _compressing(self) -> list[tuple[int, DeepseekV4HCACache]]:
+        layers = self.cache.layers if self.cache is not None else ()
+        return [(index, layer) for index, layer in enumerate(layers) if isinstance(layer, DeepseekV4HCACache)]
 
     def parts(self) -> list[tuple[str, int | str | None]]:
         """Every part: "rows", "window", "frame" or "empty", and the cache layer it belongs to (or "own")."""
@@ -129,6 +142,8 @@ class Held:
             if isinstance(layer, DynamicLayer):
                 kind = "window" if isinstance(layer, DynamicSlidingWindowLayer) else "rows"
                 found.append((kind, index) if index in self.log else ("empty", None))
+            if isinstance(layer, DeepseekV4HCACache):
+                found += [("blocks", index), ("frame", index)]
             if isinstance(layer, LinearAttentionLayer):
                 found.append(("frame", index))
             if isinstance(layer, DummyLayer):
@@ -141,6 +156,8 @@ class Held:
     def rows(self, part: int) -> Tensors:
         """All rows of a part by name, without the batch; nothing for a frame."""
         kind, layer = self.parts()[part]
+        if kind == "blocks":
+            return {f"compressed_kv.{name}": rows[0] for name, rows in self.blocks[layer].items()}  # type: ignore[index]
         return {name: log[0] for name, log in self.log[layer].items()} if kind in ("rows", "window") else {}  # type: ignore[index]
 
     def frame(self, part: int, length: int | None = None) -> Tensors:
@@ -153,6 +170,8 @@ class Held:
             named = {f"state.{n}": t for n, t in enumerate(kept["own"])} if layer == "own" else {layer: kept[layer]}
         else:
             fields = kept[layer]
+            if "buffer_kv" in fields:
+                return tails(self.cache.layers[layer], fields)  # type: ignore[union-attr,index]
             pairs = [(n, field) for n in fields["conv_states"] for field in ("conv_states", "recurrent_states")]
             named = {f"{field}.{n}": fields[field][n] for n, field in pairs if fields[field][n] is not None}
         return {name: tensor[0] for name, tensor in named.items()}
@@ -165,6 +184,10 @@ class Held:
             index: copy.deepcopy({field: getattr(layer, field) for field in FRAME_FIELDS})
             for index, layer in enumerate(self.cache.layers)
             if isinstance(layer, LinearAttentionLayer)
+        }
+        kept |= {
+            index: copy.deepcopy({field: getattr(layer, field) for field in TAIL_FIELDS if hasattr(layer, field)})
+            for index, layer in self._compressing()
         }
         for index, tensor in enumerate(getattr(self.cache, "linear_cache", ())):
             if isinstance(tensor, torch.Tensor):
@@ -181,6 +204,11 @@ class Held:
         if length:
             self.frames[length] = frames
         self.log = {index: {name: t[..., :length, :] for name, t in log.items()} for index, log in self.log.items()}
+        rates = {index: layer.compress_rate for index, layer in self._compressing()}
+        self.blocks = {
+            index: {name: t[:, : length // rates[index]] for name, t in rows.items()}
+            for index, rows in self.blocks.items()
+        }
         self.cache, self.states = self._new_cache(), None
         if self.cache is None:
             self.states = copy.deepcopy(frames["own"]) if length else None
@@ -197,8 +225,9 @@ class Held:
         for index, log in self.log.items():
             layer = self.cache.layers[index]
             first = max(0, length - layer.sliding_window + 1) if isinstance(layer, DynamicSlidingWindowLayer) else 0
-            DynamicLayer.lazy_initialization(layer, log["keys"], log["values"])
-            layer.keys, layer.values = (log[name][..., first:, :].contiguous() for name in ("keys", "values"))
+            values = log.get("values", log["keys"])
+            DynamicLayer.lazy_initialization(layer, log["keys"], values)
+            layer.keys, layer.values = (tensor[..., first:, :].contiguous() for tensor in (log["keys"], values))
             if isinstance(layer, DynamicSlidingWindowLayer):
                 layer.cumulative_length = length
             if "indexer_keys" in log:
@@ -207,6 +236,10 @@ class Held:
         for index, fields in frames.items():
             if isinstance(index, int):
                 vars(self.cache.layers[index]).update(copy.deepcopy(fields))
+        for index, rows in self.blocks.items():
+            layer = self.cache.layers[index]
+            layer.compressed_kv = dict(rows)
+            layer.entry_count = {name: tensor.shape[1] for name, tensor in rows.items()}
 
     def as_logged(self) -> bool:
         """Whether the cache holds what the log says: all rows, or the last of a window."""
@@ -216,6 +249,21 @@ class Held:
             for name, held in log.items()
             for first in [held.shape[-2] - getattr(self.cache.layers[index], name).shape[-2]]
         )
+
+
+def tails(layer: DeepseekV4HCACache, fields: dict[str, dict[str, torch.Tensor | None]]) -> Tensors:
+    """What is kept of a block that is not whole, without the batch: as long as a block, with zeros behind it."""
+    named: Tensors = {}
+    for name, buffered in fields["buffer_kv"].items():
+        assert buffered is not None
+        for field in fields:
+            width = layer.compressed_kv[name].shape[-1] if field.startswith("overlap") else buffered.shape[-1]
+            held = fields[field][name]
+            whole = buffered.new_zeros((layer.compress_rate, width))
+            if held is not None:
+                whole[: held.shape[1]] = held[0]
+            named[f"{field}.{name}"] = whole
+    return named
 
 
 def reset_rope(model: PreTrainedModel) -> None:

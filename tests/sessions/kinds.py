@@ -12,7 +12,7 @@ import sqlalchemy as sa
 import torch
 from exact.worker import frame_of, rows_of
 from tiny import KINDS, OTHERS, tiny_model, tiny_tokenizer
-from tiny_configs import HYBRID, RECURRENT, WINDOWS
+from tiny_configs import COMPRESSED, HYBRID, RECURRENT, WINDOWS
 
 from kvloom.branch import Branch
 from kvloom.engine import TransformersEngine
@@ -28,7 +28,7 @@ GRID, SPACING = 32, 64
 TAKEN = tuple(kind for kind in KINDS if kind not in OTHERS)
 """Every kind the engine takes."""
 
-OVERWRITING = (*RECURRENT, *HYBRID)
+OVERWRITING = (*COMPRESSED, *RECURRENT, *HYBRID)
 """Those that keep state which a pass overwrites in place."""
 
 SLIDING = tuple(WINDOWS)

@@ -17,8 +17,9 @@ from transformers.cache_utils import BaseQuantizedLayer
 
 import kvloom.passes
 from kvloom.errors import UnsupportedInput
-from kvloom.layers import StateList, states_of
+from kvloom.layers import states_of
 from kvloom.live import to_bits
+from kvloom.overwritten import StateList
 from kvloom.resume import Account
 from kvloom_proto.records import LayerKind
 

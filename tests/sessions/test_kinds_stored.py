@@ -300,7 +300,7 @@ def test_state_on_a_device_of_its_own_is_stored_and_read_with_the_same_bits(
     def allocate(live: LiveState, capacity: int) -> None:
         live.capacity = -(-max(capacity, 1) // 64) * 64
         live.tensors = [
-            [live._empty(tensor) for tensor in spec.tensors] if spec.kind in STORED_BY_ROW else []
+            [live._empty(spec, tensor) for tensor in spec.tensors] if spec.kind in STORED_BY_ROW else []
             for spec in live.specs
         ]
         live.source = _DeviceRows(live.tensors, live.specs)

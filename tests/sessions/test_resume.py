@@ -574,7 +574,6 @@ def test_the_same_model_in_another_object_is_not_refused(store_path: Path) -> No
     ("kind", "reason"),
     [
         ("recurrent_gemma", "keeps state inside its modules"),
-        ("deepseek_v4", "cache layer 0 is a DeepseekV4HCACache"),
     ],
 )
 def test_a_model_whose_state_cannot_be_kept_is_refused_by_name(kind: str, reason: str) -> None:
