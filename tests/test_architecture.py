@@ -29,6 +29,8 @@ TENSORS = {
     "resume",
     "rope",
     "row_layers",
+    "shared_attention",
+    "siblings",
     "support",
 }
 TENSORS_LATE = {"models", "convert", "identity", "sampling", "filters", "scores", "cli.about"}
@@ -40,6 +42,7 @@ CACHES = {
     "overwritten",
     "probe",
     "row_layers",
+    "siblings",
 }  # loop names the class in a signature, probe makes one
 
 

@@ -23,19 +23,23 @@ if TYPE_CHECKING:
     from kvloom.engine import TransformersEngine
     from kvloom.errors import KVLoomError
     from kvloom.loom import KVLoom, load_engine, open
-    from kvloom.report import Reply, Restored, Seconds, Tokens
+    from kvloom.planned import PlannedBranch
+    from kvloom.report import Added, Cost, Reply, Restored, Seconds, Tokens
     from kvloom.sampling import SamplingSettings
     from kvloom.scores import TokenScore
     from kvloom.session import Session, TreeTurn
     from kvloom.template import ChatTemplate
 
 __all__ = [
+    "Added",
     "Branch",
     "ChatTemplate",
     "Choice",
+    "Cost",
     "KVLoom",
     "KVLoomError",
     "Option",
+    "PlannedBranch",
     "Reply",
     "Restored",
     "SamplingSettings",
@@ -52,12 +56,15 @@ __all__ = [
 ]
 
 _HOME = {
+    "Added": "report",
     "Branch": "branch",
     "ChatTemplate": "template",
     "Choice": "choices",
+    "Cost": "report",
     "KVLoom": "loom",
     "KVLoomError": "errors",
     "Option": "choices",
+    "PlannedBranch": "planned",
     "Reply": "report",
     "Restored": "report",
     "SamplingSettings": "sampling",

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from kvloom.choices import Choice, check_texts
 from kvloom.errors import InvalidText, ModelMismatch, NothingToDo, RefNotFound, SessionError
+from kvloom.path import merged, path_to, tip_of
 from kvloom.plaintext import check_unicode
 from kvloom.sampling import SamplingSettings
-from kvloom_store import refs, trie, turns
+from kvloom_store import refs, trie
 from kvloom_store.names import Ref
 from kvloom_store.refs import Branch as BranchRow
 from kvloom_store.turns import Turn, TurnState
@@ -20,6 +21,7 @@ from kvloom_store.turns import Turn, TurnState
 if TYPE_CHECKING:
     from kvloom.engine import Progress
     from kvloom.loom import KVLoom
+    from kvloom.planned import PlannedBranch
     from kvloom.report import Reply
     from kvloom.run import Run, RunOptions
     from kvloom.session import Session, TreeTurn
@@ -173,7 +175,7 @@ class Branch:
         path, states = self._path()
         while path and path[-1].role == "assistant":
             path.pop()
-        parent, tip = _tip(path, states)
+        parent, tip = tip_of(path, states)
         if parent is None or tip is None or parent.role == "system":
             raise NothingToDo("there is no reply to regenerate", hint="kvloom say SESSION TEXT")
         return self._go_on(
@@ -193,16 +195,18 @@ class Branch:
         """A new branch here, or so many turns back."""
         return self.session.fork(name, f"{self.name}~{back}" if back else self.name)
 
+    def edit(self, text: str, back: int = 0, *, branch: str | None = None, replay_turns: bool = False) -> PlannedBranch:
+        """Plan a new branch that says ``text`` so many turns back, in place of what is said there: ``Session.edit``."""
+        at = f"{self.name}~{back}" if back else self.name
+        return self.session.edit(at, text, branch=branch, replay_turns=replay_turns)
+
     def log(self) -> list[TreeTurn]:
         """The turns from the first one down to this branch."""
         return self.session.log(self.name)
 
     def session_template(self) -> ChatTemplate:
         """The session's own chat template, with the options and the clock it began with."""
-        from kvloom.template import ChatTemplate
-
-        settings = self.session.settings
-        return ChatTemplate(settings["chat_template"], settings["template_options"], settings["clock"])
+        return self.session.template()
 
     def _path(self) -> tuple[list[Turn], dict[int, TurnState]]:
         """The turns down to the branch as it stands now, and what this model made of them."""
@@ -213,12 +217,7 @@ class Branch:
             if point.branch is None:
                 raise RefNotFound("branch", self.name)
             self._row = point.branch
-            path = turns.path_to(conn, point.turn)
-            states: dict[int, list[TurnState]] = {}
-            for state in turns.states_of(conn, [turn.row for turn in path]):
-                states.setdefault(state.turn, []).append(state)
-        best = {row: turns.best_state(some, self._loom.root) for row, some in states.items()}
-        return path, {row: state for row, state in best.items() if state is not None}
+            return path_to(conn, point.turn, self._loom.root)
 
     def _prompt(self, text: str) -> tuple[Turn | None, TurnState | None, Prompt, list[dict[str, Any]]]:
         """Where a text is said, what the model is to see, and the messages up to it. Raises what ``stream`` does."""
@@ -228,7 +227,7 @@ class Branch:
             raise InvalidText("there is nothing to say", hint="give some text")
         check_unicode(text)
         path, states = self._path()
-        parent, tip = _tip(path, states)
+        parent, tip = tip_of(path, states)
         history, reply_start = merged(path, states)
         message = {"role": "user", "content": text}
         engine = self._loom.engine
@@ -246,7 +245,7 @@ class Branch:
 
     def _unfinished(self, path: Sequence[Turn], states: Mapping[int, TurnState]) -> tuple[Turn, TurnState]:
         """The last turn and its state, if something can follow it that is not a message. Raises NothingToDo."""
-        parent, tip = _tip(path, states)
+        parent, tip = tip_of(path, states)
         if parent is None or tip is None:
             raise NothingToDo("nothing was said on this branch yet", hint="kvloom say SESSION TEXT")
         ended = bool(tip.tokens) and tip.tokens[-1] in self._loom.engine.eos_ids
@@ -322,27 +321,6 @@ class Branch:
             self._row = refs.move_branch(conn, self._row.row, self._row.turn, to)
 
 
-def merged(path: Sequence[Turn], states: Mapping[int, TurnState]) -> tuple[list[dict[str, Any]], int | None]:
-    """The messages of a path as the template is given them, and where the tokens of the last reply begin.
-
-    A reply that was continued is one message, though it is several turns.
-    """
-    messages: list[dict[str, Any]] = []
-    reply_start: int | None = None
-    dropped = ""
-    for turn in path:
-        state = states.get(turn.row)
-        # A reply stopped within a character ended in a stand-in for it, which the continuation replaces.
-        stopped_in, dropped = dropped, turn.settings.get("dropped", "")  # of a cut turn's text it was left out
-        if turn.continues and messages and messages[-1]["role"] == "assistant":
-            earlier = (messages[-1]["content"] + stopped_in).removesuffix(turn.settings.get("reopened", ""))
-            messages[-1] = {**messages[-1], "content": earlier + turn.text}
-            continue
-        messages.append(dict(turn.message))
-        reply_start = state.start if state is not None and turn.role == "assistant" else None
-    return messages, reply_start
-
-
 def check_model(settings: Mapping[str, Any], loom: KVLoom) -> None:
     """Refuse to go on with a session under a model that is not its own.
 
@@ -358,11 +336,6 @@ def check_model(settings: Mapping[str, Any], loom: KVLoom) -> None:
         raise ModelMismatch(*next((row for row in found if row[0] == "dtype"), found[0]))
     if settings["tokenizer"] != live.tokenizer:
         raise ModelMismatch("tokenizer", settings["tokenizer"][:16], live.tokenizer[:16])
-
-
-def _tip(path: Sequence[Turn], states: Mapping[int, TurnState]) -> tuple[Turn | None, TurnState | None]:
-    """The last turn, and the state to go on from: its own (a system turn has none: its tokens come with the next)."""
-    return (path[-1], states.get(path[-1].row)) if path else (None, None)
 
 
 def _settings(settings: SamplingSettings | None, sampling: Mapping[str, Any]) -> SamplingSettings:

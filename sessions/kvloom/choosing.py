@@ -22,6 +22,7 @@ from kvloom.plaintext import encode_text
 from kvloom.report import Tokens
 from kvloom.run import Run
 from kvloom.scores import TokenScore, score
+from kvloom.steps import NewTurn
 from kvloom.template import ChatTemplate, Message, reply_ids
 
 if TYPE_CHECKING:
@@ -193,23 +194,19 @@ class ChoiceRun(Run):
         self._computed += _run_for(self._given) + len(best.ids)
         said = time.perf_counter()
         tokens = [*best.ids, *best.end]
-        turn, _ = self._commit(
-            live,
-            turn,
-            state,
+        timings = {"first_token": said - began, "total": said - began, "restore": account.seconds}
+        new = NewTurn(
             {"role": "assistant", "content": best.text},
-            self._ids + tokens,
-            len(self._ids),
-            [*passes, *ran],
-            {"first_token": said - began, "total": said - began, "restore": account.seconds},
-            "stop",
-            {
+            finish_reason="stop",
+            settings={
                 "chosen_from": [option.text for option in choice.options],
                 "logprobs": [option.logprob for option in choice.options],
                 "stop": list(self._settings.stop),
             },
-            [*thought, *(score(float32(logits), token) for token in best.end)],
+            timings={**timings, **self._noted(account, len(tokens))},
+            scores=[*thought, *(score(float32(logits), token) for token in best.end)],
         )
+        turn, _ = self._commits.add(new, turn, state, self._ids + tokens, len(self._ids), live, [*passes, *ran])
         self._finish(turn, best.text, "stop", account, tokens, began, said, said)
         assert self._reply is not None
         self._reply = replace(self._reply, choice=replace(choice, tokens=self._reply.tokens))

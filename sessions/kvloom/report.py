@@ -24,6 +24,30 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
+class Cost:
+    """What a run will cost, told before it: tokens whose state is ``kept`` (loaded, or in memory), those whose recorded
+    passes are ``replayed``, those to be ``computed``, and, at most, ``generated``."""
+
+    kept: int = 0
+    replayed: int = 0
+    computed: int = 0
+    generated: int = 0
+
+    @property
+    def to_run(self) -> int:
+        """Tokens that the model will run."""
+        return self.replayed + self.computed + self.generated
+
+    def __add__(self, other: Cost) -> Cost:
+        mine, theirs = asdict(self), asdict(other)
+        return Cost(**{name: mine[name] + theirs[name] for name in mine})
+
+    def to_json(self) -> dict[str, Any]:
+        """The object ``--json`` prints."""
+        return {**asdict(self), "to_run": self.to_run}
+
+
+@dataclass(frozen=True, slots=True)
 class Seconds:
     """How long it took, from the call on: bringing state back, the first token (None without one), all of it."""
 
@@ -75,3 +99,25 @@ class Reply:
         if self.choice is None:
             del plain["choice"]
         return plain
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """Turns whose text was given, or was there before: how computing their state went. ``turn`` is the id of the last.
+
+    ``turns`` is how many there are; ``pending`` tokens of them are still to be computed, as the run was stopped, or as
+    nothing was to be run.
+    """
+
+    session: str
+    branch: str
+    turn: str
+    turns: int
+    pending: int
+    tokens: Tokens
+    seconds: float
+    notices: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The object ``--json`` prints."""
+        return asdict(self)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 import torch
@@ -28,6 +29,9 @@ from kvloom_store.planner import StateDamaged
 from kvloom_store.rows import Captured, RowBuffer
 from kvloom_store.turns import TurnState
 from kvloom_store.writer import Handle, Job, Writer
+
+if TYPE_CHECKING:
+    from kvloom.commit import Held
 
 
 @dataclass(slots=True)
@@ -117,7 +121,7 @@ class Resumer:
         return live
 
     def capture(
-        self, live: LiveState, position: trie.Position, schedule: Schedule, provenance: int, state: int | None
+        self, live: Held, position: trie.Position, schedule: Schedule, provenance: int, state: int | None
     ) -> None:
         """Hand the rows that belong to no segment yet over to be stored, as one segment that ends at ``position``."""
         start, end = live.captured, live.length
@@ -129,7 +133,7 @@ class Resumer:
         self.writer.submit(Job(handle, source, position.node, start, end, base, live.layers, schedule, provenance))
         live.chain.append(Link(handle, start, end))
 
-    def leave(self, live: LiveState, state: int) -> None:
+    def leave(self, live: Held, state: int) -> None:
         """Let rows count as a turn's without storing them: a run without reuse keeps its schedule, not its state."""
         if live.length > live.captured:
             live.chain.append(Link(Handle(state=state), live.captured, live.length))
@@ -169,7 +173,7 @@ class Resumer:
         while state is not None and not _holds(live, state, upto):
             with self.database.read() as conn:
                 state = turns.state(conn, state.row)
-                base = self._base_of(conn, state)
+                base = turns.base_of(conn, state)
             damaged = False
             if upto > state.state_start:  # else the turn added no rows of its own: its state is its base's
                 damaged = state.segment is not None and not self._loaded(
@@ -237,14 +241,6 @@ class Resumer:
         if unstored is not None:
             live.truncate(unstored.start)
         return unstored is None
-
-    @staticmethod
-    def _base_of(conn: sa.Connection, tip: TurnState) -> TurnState | None:
-        """The turn whose state a turn's own was computed on: it knows how to compute that again, too."""
-        if tip.base_state is not None:
-            return turns.state(conn, tip.base_state)
-        owners = turns.states_with_segments(conn, [tip.base_segment]) if tip.base_segment is not None else []
-        return owners[0] if owners else None
 
     def _replay(
         self,

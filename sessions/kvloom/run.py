@@ -9,24 +9,20 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from kvloom.commit import Commits
 from kvloom.engine import Cancelled, Progress
 from kvloom.errors import SessionError
-from kvloom.layers import dtype_name
-from kvloom.passes import schedule_of
 from kvloom.report import Reply, Restored, Seconds, Tokens
-from kvloom.resume import Account, hidden_bytes
+from kvloom.resume import Account
 from kvloom.sampling import SamplingSettings, fresh_seed
 from kvloom.scores import TokenScore
+from kvloom.steps import NewTurn
 from kvloom.textstream import TextStream
-from kvloom_proto.scores import pack_scores
-from kvloom_store import refs, segments, trie, turns
-from kvloom_store.errors import RefConflict
 from kvloom_store.refs import Branch as BranchRow
 from kvloom_store.turns import Turn, TurnState
-from kvloom_store.writer import Handle
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +65,7 @@ class Run:
     ) -> None:
         self._loom = loom
         self._engine = loom.engine
-        self._branch = branch
+        self._commits = Commits(loom, branch, reuse=options.reuse)
         self._session_name = session_name
         self._parent = parent
         self._tip = tip
@@ -82,7 +78,8 @@ class Run:
         self._seed = settings.seed if settings.seed is not None else fresh_seed() if settings.temperature else 0
         self._reply: Reply | None = None
         self._computed = 0
-        self._notices: list[str] = []
+        self._prefilled = 0.0
+        self._has_noted = False
 
     @property
     def reply(self) -> Reply:
@@ -114,7 +111,7 @@ class Run:
             if isinstance(error, KeyboardInterrupt):
                 raise
             return
-        self._notices += account.notices
+        self._commits.notices += account.notices
         passes: list[tuple[int, int]] = []
         logits, interrupted = None, None
         try:
@@ -126,7 +123,7 @@ class Run:
             interrupted = error if isinstance(error, KeyboardInterrupt) else None
         turn, state = self._parent, self._tip
         if self._message is not None:
-            turn, state = self._commit(live, turn, state, self._message, self._ids, self._kept, passes, {})
+            turn, state = self._add_message(live, account, passes)
             passes = []
         if interrupted is not None:
             raise interrupted
@@ -180,13 +177,18 @@ class Run:
                     "first_token": (first or last) - began,
                     "total": time.perf_counter() - began,
                     "restore": account.seconds,
+                    **self._noted(account, len(tokens)),
                 }
-                message = {"role": "assistant", "content": text}
-                ids, start = self._ids + tokens, len(self._ids)
-                settings = {**self._settings.to_plain(), "seed": self._seed, "reopened": stream.reopened}
-                turn, state = self._commit(
-                    live, turn, state, message, ids, start, passes, timings, reason, settings, scores
+                new = NewTurn(
+                    {"role": "assistant", "content": text},
+                    finish_reason=reason,
+                    settings={**self._settings.to_plain(), "seed": self._seed, "reopened": stream.reopened},
+                    timings=timings,
+                    continues=self._continues,
+                    scores=scores,
                 )
+                start = len(self._ids)
+                turn, state = self._commits.add(new, turn, state, self._ids + tokens, start, live, passes)
             self._finish(turn, text, reason, account, tokens, began, first, last)
         if rest:
             yield rest
@@ -209,13 +211,26 @@ class Run:
 
     def _keep_message(self) -> Turn | None:
         """Stopped while state was being replayed: the message is kept, its tokens are pending."""
-        if self._message is None:
-            return self._parent
-        return self._commit(None, self._parent, self._tip, self._message, self._ids, self._kept, (), {})[0]
+        return self._parent if self._message is None else self._add_message(None, Account(), ())[0]
+
+    def _add_message(
+        self, live: LiveState | None, account: Account, passes: Sequence[tuple[int, int]]
+    ) -> tuple[Turn, TurnState]:
+        assert self._message is not None
+        new = NewTurn(self._message, timings=self._noted(account))
+        return self._commits.add(new, self._parent, self._tip, self._ids, self._kept, live, passes)
+
+    def _noted(self, account: Account, generated: int = 0) -> dict[str, Any]:
+        """What is kept with a turn of what it cost: bringing back and prefill count with the first that a run adds."""
+        if self._has_noted:
+            return {"tokens": asdict(Tokens(generated=generated))}
+        self._has_noted = True
+        tokens = Tokens(account.reused, account.replayed, self._computed, generated)
+        return {"tokens": asdict(tokens), "prefill": self._prefilled}
 
     def _prefill(self, live: LiveState, passes: list[tuple[int, int]]) -> Any:
         """Run the tokens that are not held; ``passes`` are those that ran, also if it was cancelled."""
-        start = live.length
+        start, began = live.length, time.perf_counter()
         try:
             return self._engine.prefill(
                 live, self._ids[start:], cancel=self._options.cancel, progress=self._options.progress
@@ -223,92 +238,13 @@ class Run:
         finally:
             passes += [p for p in self._engine.passes(start, len(self._ids)) if p[1] <= live.length]
             self._computed = live.length - start
+            self._prefilled = time.perf_counter() - began
 
     def _stream(self) -> TextStream:
         before = self._ids[-64:] if self._continues else ()
         return TextStream(
             self._loom.engine.tokenizer, stop=self._settings.stop, skip_ids=self._engine.eos_ids, before=before
         )
-
-    def _commit(
-        self,
-        live: LiveState | None,
-        parent: Turn | None,
-        tip: TurnState | None,
-        message: Mapping[str, Any],
-        ids: Sequence[int],
-        start: int,
-        passes: Sequence[tuple[int, int]],
-        timings: Mapping[str, Any],
-        reason: str | None = None,
-        settings: Mapping[str, Any] | None = None,
-        scores: Sequence[TokenScore] = (),
-    ) -> tuple[Turn, TurnState]:
-        """Add a turn whose tokens are ids[start:], move the branch to it, and hand its state to the writer.
-
-        Without a ``live`` state the turn has none of its own: it stands on its parent's.
-        """
-        loom, root = self._loom, self._loom.root
-        if live is not None:
-            base = live.chain[-1].handle if live.chain else None
-            state_start, state_end, hidden = live.captured, live.length, live.hidden
-        else:
-            base = Handle(tip.segment, tip.row) if tip else None
-            state_start = state_end = tip.state_end if tip else 0
-            hidden = None
-        schedule = schedule_of(passes)
-        with loom.database.write() as conn:
-            known = tip.position if tip is not None and start >= tip.end else None
-            position = trie.extend(conn, root, ids, start_at=known)
-            provenance = segments.add_provenance(conn, self._engine.provenance())
-            turn = turns.add_turn(
-                conn,
-                self._branch.session,
-                parent,
-                message,
-                continues=reason is not None and self._continues,
-                finish_reason=reason,
-                settings=settings,
-                timings=timings,
-            )
-            state = turns.add_state(
-                conn,
-                turn.row,
-                root,
-                ids[start:],
-                start,
-                position,
-                state_start=state_start,
-                state_end=state_end,
-                base_state=base.state if base else None,
-                base_segment=base.segment if base else None,
-                schedule=schedule,
-                provenance=provenance,
-                hidden=hidden_bytes(hidden) if hidden is not None else None,
-                hidden_dtype=dtype_name(hidden.dtype) if hidden is not None else None,
-                variant=not self._options.reuse,
-                scores=pack_scores(scores[: len(ids) - start]) if scores else None,
-            )
-            self._move_branch(conn, turn)
-        if live is None:
-            return turn, state
-        if self._options.reuse:
-            loom.resumer.capture(live, position, schedule, provenance, state.row)
-        else:
-            loom.resumer.leave(live, state.row)
-        return turn, state
-
-    def _move_branch(self, conn: Any, turn: Turn) -> None:
-        """Move the branch on; if another process moved it first, the turn is kept on a branch of its own."""
-        try:
-            self._branch = refs.move_branch(conn, self._branch.row, self._branch.turn, turn.row)
-        except RefConflict as conflict:
-            self._branch = refs.add_branch(
-                conn, self._branch.session, refs.free_name(conn, self._branch.session, conflict.name), turn.row
-            )
-            self._notices.append(
-                f"branch {conflict.name!r} moved meanwhile; this turn is kept on branch {self._branch.name!r}"
-            )
 
     def _finish(
         self,
@@ -324,7 +260,7 @@ class Run:
         rate = (len(tokens) - 1) / (last - first) if first is not None and len(tokens) > 1 and last > first else None
         self._reply = Reply(
             session=self._session_name,
-            branch=self._branch.name,
+            branch=self._commits.branch.name,
             turn=turn.id if turn else "",
             text=text,
             finish_reason=reason,
@@ -334,5 +270,5 @@ class Run:
             model=self._engine.name,
             seed=self._seed,
             restored=Restored(account.rows, account.window_rows, account.keyframe, account.bytes_read),
-            notices=tuple(self._notices),
+            notices=tuple(self._commits.notices),
         )

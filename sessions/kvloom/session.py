@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,9 +21,15 @@ from kvloom_store.turns import Turn
 if TYPE_CHECKING:
     import sqlalchemy as sa
 
+    from kvloom.cost import Prices, SessionCost
+    from kvloom.engine import Progress
     from kvloom.loom import KVLoom
     from kvloom.partial import Partial
+    from kvloom.planned import PlannedBranch
+    from kvloom.report import Added
+    from kvloom.template import ChatTemplate
     from kvloom.tokens import Decoder
+    from kvloom.warm import Missing
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +75,21 @@ class Session:
         return self._row
 
     @property
+    def loom(self) -> KVLoom:
+        """The store it is in."""
+        return self._loom
+
+    @property
     def settings(self) -> Mapping[str, Any]:
         """What was fixed when the session began: model, dtype, chat template, its options and clock."""
         return self._row.settings
+
+    def template(self) -> ChatTemplate:
+        """The session's own chat template, with the options and the clock it began with."""
+        from kvloom.template import ChatTemplate
+
+        fixed = self.settings
+        return ChatTemplate(fixed["chat_template"], fixed["template_options"], fixed["clock"])
 
     def branch(self, name: str = MAIN) -> Branch:
         """A branch by name. Raises RefNotFound."""
@@ -109,6 +128,46 @@ class Session:
         with self._settled(ref) as (conn, turn):
             name = refs.free_name(conn, self._row.row, MAIN)
             return Branch(self._loom, self, refs.add_branch(conn, self._row.row, name, turn))
+
+    def edit(
+        self, at: str | None, text: str, *, branch: str | None = None, replay_turns: bool = False
+    ) -> PlannedBranch:
+        """Plan a new branch that says ``text`` at a ref in place of what is said there; the old branch stays.
+
+        Read ``cost`` from the plan, then ``run`` it: nothing is run or written before. What was said later is left
+        out, or, with ``replay_turns``, appended again as it was: computed, not generated. The branch is called
+        ``branch``, else as the one edited with a number. A reply to an edited message: ``plan.branch.regenerate()``.
+
+        Raises:
+            InvalidText, NothingToDo (the text is unchanged), RefNotFound, RefExists, ModelMismatch, ContextOverflow
+        """
+        from kvloom import edit
+
+        return edit.plan(self, self._ref(at), text, branch=branch, replay_turns=replay_turns)
+
+    def missing(self, at: str | None = None, *, verify: bool = False) -> Missing:
+        """What of the state down to a ref is missing, and ``warm`` would compute; ``verify`` reads what is stored."""
+        from kvloom.warm import missing
+
+        return missing(self, self._loom.resolve(self._ref(at)).turn, verify=verify)
+
+    def warm(
+        self, at: str | None = None, *, cancel: threading.Event | None = None, progress: Progress | None = None
+    ) -> Added:
+        """Compute what is missing of the state down to a ref, and store it; what is there is read, and so checked.
+
+        Stopped by ``cancel``, it keeps what was done. Raises ModelMismatch, EngineError, StoreError.
+        """
+        from kvloom.warm import warm
+
+        ref = self._ref(at)
+        return warm(self, self._loom.resolve(ref).turn, ref.point or MAIN, cancel=cancel, progress=progress)
+
+    def cost(self, prices: Prices | None = None) -> SessionCost:
+        """Tokens reused and computed so far, seconds saved, and what a hosted model would have charged."""
+        from kvloom.cost import cost
+
+        return cost(self, prices)
 
     def tag(self, name: str, at: str | None = None) -> None:
         """A name that stays at a turn. Raises RefExists, RefNotFound, NothingToDo."""

@@ -111,9 +111,7 @@ def rename_session(conn: sa.Connection, old: str, new: str) -> SessionRow:
 
 def add_branch(conn: sa.Connection, session_row: int, name: str, at: int | None) -> Branch:
     """A new branch at a turn: one row, and no state. Raises RefExists, InvalidName."""
-    check_name("branch", name)
-    if _named(conn, branch, session_row, name) or _named(conn, tag, session_row, name):
-        raise RefExists("branch or tag", name)
+    check_free(conn, session_row, name)
     now = now_us()
     values: dict[str, Any] = {
         "id": allocate(conn, branch),
@@ -127,10 +125,17 @@ def add_branch(conn: sa.Connection, session_row: int, name: str, at: int | None)
     return Branch(values["id"], session_row, name, at)
 
 
-def free_name(conn: sa.Connection, session_row: int, name: str) -> str:
+def check_free(conn: sa.Connection, session_row: int, name: str) -> None:
+    """Whether a branch may be called so. Raises RefExists, InvalidName."""
+    check_name("branch", name)
+    if _named(conn, branch, session_row, name) or _named(conn, tag, session_row, name):
+        raise RefExists("branch or tag", name)
+
+
+def free_name(conn: sa.Connection, session_row: int, name: str, *, first: int = 2) -> str:
     """``name-2``, ``name-3`` ...: the first that is neither a branch nor a tag."""
     taken = {b.name for b in branches(conn, session_row)} | set(tags(conn, session_row))
-    return next(f"{name}-{n}" for n in itertools.count(2) if f"{name}-{n}" not in taken)
+    return next(f"{name}-{n}" for n in itertools.count(first) if f"{name}-{n}" not in taken)
 
 
 def add_tag(conn: sa.Connection, session_row: int, name: str, at: int) -> None:

@@ -283,9 +283,23 @@ def state(conn: sa.Connection, row: int) -> TurnState:
 
 
 def best_state(states: Sequence[TurnState], root: int) -> TurnState | None:
-    """Of a turn's states, the one to go on from: held before not held, the first before its variants."""
-    mine = [each for each in states if each.root == root]
-    return min(mine, key=lambda s: (s.segment is None and s.state_end > s.state_start, s.variant, s.row), default=None)
+    """Of a turn's states, the one to go on from: held before not held, the first before its variants, and one that
+    reaches the turn's end before one that was stopped on the way there."""
+
+    def worse(state: TurnState) -> tuple[bool, bool, int, int]:
+        lost = state.segment is None and state.state_end > state.state_start
+        return lost, state.variant, -state.state_end, state.row
+
+    return min((each for each in states if each.root == root), key=worse, default=None)
+
+
+def base_of(conn: sa.Connection, state_above: TurnState) -> TurnState | None:
+    """The turn state that one was computed on, which knows how to compute that again; None if no turn is left of it."""
+    if state_above.base_state is not None:
+        return state(conn, state_above.base_state)
+    base = state_above.base_segment
+    owners = states_with_segments(conn, [base]) if base is not None else []
+    return owners[0] if owners else None
 
 
 def set_segment(conn: sa.Connection, row: int, segment: int, base_segment: int | None) -> None:

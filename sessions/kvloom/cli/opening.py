@@ -87,9 +87,7 @@ def talking(
     loom = _open(options, known, model, dtype, bars, must_exist=not create)
     made: list[Branch | Session] = []
     try:
-        if loom.database.read_only:
-            with loom.database.write():  # says so now, not after the model was loaded
-                pass
+        _check_writable(loom)
         if known is None or system or source is not None:
             session = loom.session(ref.session, system=system, chat_template=source)
         else:
@@ -101,9 +99,7 @@ def talking(
             made.append(branch)
             note = f"{text} is not a branch: this goes on as {session.name}@{branch.name}"
         loom.prefetch(session.name, branch.name)
-        _ = loom.engine
-        gc.freeze()  # what was loaded need not be looked through again
-        bars.stop()
+        _load(loom, bars)
         talk = Talk(loom, session, branch, bars, note)
         if known is None:
             default = branch.session_template().is_default
@@ -118,6 +114,39 @@ def talking(
     finally:
         bars.stop()
         _close(loom)
+
+
+@contextmanager
+def with_model(
+    options: Options, session: str, *, model: str | None = None, dtype: str | None = None
+) -> Iterator[tuple[Session, Bars]]:
+    """A session that is there, opened with the model it was made with; on no branch."""
+    gc.enable()
+    known = _settings_of(options, parse(session)[0], create=False)
+    warn_of_network_drive(options.path)
+    bars = Bars()
+    loom = _open(options, known, model, dtype, bars, must_exist=True)
+    try:
+        _check_writable(loom)
+        found = loom.find(session)
+        _load(loom, bars)
+        yield found, bars
+    finally:
+        bars.stop()
+        _close(loom)
+
+
+def _check_writable(loom: KVLoom) -> None:
+    """Say now that the store cannot be written to, not after the model was loaded. Raises StoreUnavailable."""
+    if loom.database.read_only:
+        with loom.database.write():
+            pass
+
+
+def _load(loom: KVLoom, bars: Bars) -> None:
+    _ = loom.engine
+    gc.freeze()  # what was loaded need not be looked through again
+    bars.stop()
 
 
 def _template(file: str | None) -> str | None:

@@ -93,7 +93,7 @@ def say(options: Options, ref: str, text: str, choices: str | None, single: tupl
     texts = _choices(choices, single)
     if texts and settings:
         raise click.UsageError(f"--{next(iter(settings)).replace('_', '-')} is for replies that are not chosen")
-    said = _text(text)
+    said = read_text(text)
     reuse: dict[str, Any] = {"reuse": not values["no_reuse"], "require_reuse": values["require_reuse"]}
 
     begun = {name: values[name] for name in ("system", "chat_template", "model", "dtype")}
@@ -259,7 +259,7 @@ def interruptible() -> Iterator[Stopped]:
             signal.signal(number, handler)
 
 
-def _text(given: str) -> str:
+def read_text(given: str) -> str:
     """TEXT, or what is on stdin; refused here if it is empty, before anything is opened."""
     from kvloom.errors import InvalidText, LimitExceeded
     from kvloom.plaintext import check_unicode

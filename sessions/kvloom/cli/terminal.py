@@ -85,6 +85,11 @@ def seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 0.1 else f"{value * 1000:.0f} ms"
 
 
+def stdin_is_terminal() -> bool:
+    """Whether somebody is there to answer."""
+    return sys.stdin.isatty()
+
+
 def stdout_is_terminal() -> bool:
     """Whether what is printed is read by a person, now."""
     return sys.stdout.isatty()

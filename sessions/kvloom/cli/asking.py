@@ -1,0 +1,62 @@
+"""What commands that run the model over many tokens share: the cost is told first, and asked about where it is high."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from kvloom.cli.common import F, Options
+from kvloom.cli.terminal import dim, seconds, stdin_is_terminal, warn
+
+if TYPE_CHECKING:
+    from kvloom.report import Added, Cost
+
+ASK_ABOVE = 2000
+"""Tokens to run above which a command asks first."""
+
+
+def yes_option(command: F) -> F:
+    """``--yes``."""
+    return click.option("-y", "--yes", is_flag=True, help=f"Do not ask (it asks above {ASK_ABOVE:,} tokens).")(command)
+
+
+def told(cost: Cost) -> str:
+    """A cost as people read it."""
+    parts = [f"{cost.kept:,} tokens kept", f"{cost.computed:,} to compute"]
+    if cost.replayed:
+        parts.insert(1, f"{cost.replayed:,} to replay")
+    if cost.generated:
+        parts.append(f"up to {cost.generated:,} to generate")
+    return ", ".join(parts)
+
+
+def agree(options: Options, cost: Cost, *, yes: bool) -> None:
+    """Tell the cost before anything is run, and ask whether to go on where it is high.
+
+    Raises SessionError where there is nobody to ask, click.Abort for a no.
+    """
+    from kvloom.errors import SessionError
+
+    if not options.json:
+        dim(told(cost))
+    if yes or cost.to_run <= ASK_ABOVE:
+        return
+    if options.json or not stdin_is_terminal():
+        raise SessionError(f"this would run {cost.to_run:,} tokens", hint="--yes does it without asking")
+    click.confirm(f"Run {cost.to_run:,} tokens?", abort=True, err=True)
+
+
+def tell_added(options: Options, added: Added) -> None:
+    """What a run over given turns should be known for, on stderr: notices, and the dim line."""
+    for notice in added.notices:
+        warn(notice)
+    if options.json:
+        return
+    tokens = added.tokens
+    parts = [f"{added.session}@{added.branch}"]
+    parts.append(f"reused {tokens.reused}, replayed {tokens.replayed}, computed {tokens.computed}")
+    if added.pending:
+        parts.append(f"{added.pending} pending: kvloom warm {added.session}@{added.branch} computes them")
+    parts.append(seconds(added.seconds))
+    dim(" · ".join(parts))

@@ -1,0 +1,170 @@
+"""Computing state that is missing, before somebody waits for it: tokens that are pending, state that was never stored,
+was dropped or is damaged."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from kvloom.path import merged, path_to
+from kvloom.report import Added, Cost, Tokens
+from kvloom.steps import Given, Step, cost_of, path_of, steps_of, stretches
+from kvloom_store import refs, trie, turns
+from kvloom_store.foresee import foresee
+from kvloom_store.turns import Turn, TurnState
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
+
+    from kvloom.engine import Progress
+    from kvloom.loom import KVLoom
+    from kvloom.session import Session
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """What of a path's state is missing: the tokens to ``replay`` and to ``compute`` (``cost``), and ``unwritten``, the
+    turns that are there as text alone: how many tokens they have is known when the template has written them."""
+
+    cost: Cost
+    unwritten: int
+
+    def __bool__(self) -> bool:
+        return bool(self.cost.to_run or self.unwritten)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cold:
+    """A path as far as warming is concerned: its ``pending`` turns, whose state does not reach their end, and the turns
+    ``before`` them. ``tip`` is the state to go on from, ``ids`` are the tokens of the path before those turns.
+
+    Of the pending turns, ``known`` are the steps; the others are there as text alone.
+    """
+
+    before: list[Turn]
+    pending: list[Turn]
+    states: Mapping[int, TurnState]
+    tip: TurnState | None
+    ids: list[int]
+    known: list[Step]
+
+
+def missing(session: Session, turn: int | None, *, verify: bool = False) -> Missing:
+    """What is missing of the state down to a turn (its row). It needs no model.
+
+    ``verify`` reads what is stored, and so finds what is damaged.
+    """
+    with session.loom.database.read() as conn:
+        root = _root(conn, turn)
+        if root is None:
+            return Missing(Cost(), sum(each.role != "system" for each in turns.path_to(conn, turn)))
+        return _missing(conn, root, _cold(conn, root, turn), verify)
+
+
+def warm(
+    session: Session,
+    turn: int | None,
+    name: str,
+    *,
+    cancel: threading.Event | None = None,
+    progress: Progress | None = None,
+) -> Added:
+    """Compute what is missing of the state down to a turn, and store it; returns when it is stored.
+
+    ``name`` is how the report calls the point.
+    Stopped by ``cancel``, it keeps every turn that was replayed and every pass of those that were computed.
+
+    Raises:
+        ModelMismatch: the model is not the session's own.
+        EngineError: state is gone whose passes nobody knows.
+        StoreError: it could not be stored.
+    """
+    from kvloom.append import Append
+    from kvloom.branch import check_model
+    from kvloom.commit import Commits
+
+    began, loom = time.perf_counter(), session.loom
+    check_model(session.settings, loom)
+    loom.flush()
+    with loom.database.read() as conn:
+        cold = _cold(conn, loom.root, turn)
+        branch = refs.branches(conn, session.row.row)[0]  # none is moved: the turns are there
+    steps, parent = _steps(session, cold), cold.before[-1] if cold.before else None
+    added = Added(session.name, name, parent.id if parent else "", 0, 0, Tokens(), 0.0)
+    with loom.engine.lock:
+        loom.resumer.forget()  # everything is read, and so checked
+        if steps:
+            append = Append(loom, Commits(loom, branch), parent, cold.tip, cold.ids, cancel=cancel, progress=progress)
+            added = append.run(session.name, steps)
+        elif cold.tip is not None:
+            added = replace(added, **_brought_back(loom, cold.ids, cold.tip, cancel, progress))
+    loom.flush()
+    left = missing(session, turn).cost
+    return replace(added, branch=name, pending=left.to_run, seconds=time.perf_counter() - began)
+
+
+def _brought_back(
+    loom: KVLoom,
+    ids: Sequence[int],
+    tip: TurnState,
+    cancel: threading.Event | None,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Load the state of a turn, replaying what is not there: what that cost, and what the user should be told."""
+    from kvloom.engine import Cancelled
+
+    try:
+        live, account = loom.resumer.resume(
+            ids[: tip.state_end], tip, room=0, logits=False, cancel=cancel, progress=progress
+        )
+    except Cancelled:
+        return {}
+    return {"tokens": Tokens(live.length - account.replayed, account.replayed), "notices": tuple(account.notices)}
+
+
+def _root(conn: sa.Connection, turn: int | None) -> int | None:
+    """The root that a path's state belongs to; None where there is no state."""
+    states = turns.states_of(conn, [each.row for each in turns.path_to(conn, turn)])
+    return states[-1].root if states else None
+
+
+def _cold(conn: sa.Connection, root: int, turn: int | None) -> _Cold:
+    path, states = path_to(conn, turn, root)
+    count = next((n for n in range(len(path), 0, -1) if _is_whole(path[n - 1], states)), 0)
+    tip = states[path[count - 1].row] if count else None
+    ids = trie.tokens_to(conn, tip.position.node, tip.position.offset) if tip is not None else []
+    pending = [each for each in path[count:] if each.role != "system"]
+    own = states.get(pending[0].row) if pending else None
+    if own is not None and own.state_end > own.state_start:  # it was stopped on its way
+        tip = own
+    written = itertools.takewhile(lambda each: each.row in states, pending)
+    known = [Step(each, states[each.row].start, tuple(states[each.row].tokens)) for each in written]
+    return _Cold([each for each in path if each not in pending], pending, states, tip, ids, known)
+
+
+def _is_whole(turn: Turn, states: Mapping[int, TurnState]) -> bool:
+    """Whether a turn's state reaches its end; the last token of a reply is always pending."""
+    state = states.get(turn.row)
+    return state is not None and state.state_end >= state.end - (turn.role == "assistant")
+
+
+def _missing(conn: sa.Connection, root: int, cold: _Cold, verify: bool) -> Missing:
+    first = stretches(cold.known)[:1]
+    held = foresee(conn, root, path_of(cold.ids, first[0]) if first else cold.ids, cold.tip, verify=verify)
+    return Missing(cost_of(cold.known, held.held, held.replayed), len(cold.pending) - len(cold.known))
+
+
+def _steps(session: Session, cold: _Cold) -> list[Step]:
+    """What is to be computed: the tokens that turns have, or, where there is only text, as the template writes it."""
+    rest = cold.pending[len(cold.known) :]
+    if not rest:
+        return cold.known
+    history, reply_start = merged([*cold.before, *cold.pending[: len(cold.known)]], cold.states)
+    ids = path_of(cold.ids, cold.known)
+    given = [Given(each.message) for each in rest]
+    written = steps_of(given, session.template(), session.loom.engine, history, ids, reply_start)
+    return [*cold.known, *(replace(step, turn=turn) for step, turn in zip(written, rest, strict=True))]
