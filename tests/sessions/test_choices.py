@@ -26,8 +26,8 @@ from kvloom_store import schema
 QUESTION = "Was it there?"
 CHOICES = ["yes", "no, it was not", "that is what they said"]
 
-KINDS = ("llama", "llama_dynamic", "gemma3_text", "mamba", "mamba2", "rwkv", "jamba", "qwen3_next")
-"""Rows, rows under a rope that changes, windows, and every way to overwrite state in place."""
+KINDS = ("llama", "llama_dynamic", "gemma3_text", "mamba", "mamba2", "rwkv", "jamba", "qwen3_next", "deepseek_v4")
+"""Rows, rows under a rope that changes, windows, every way to overwrite state in place, compressed blocks."""
 
 
 @pytest.fixture
