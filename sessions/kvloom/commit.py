@@ -29,10 +29,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class NewBranch:
-    """A branch that is made when its first turn is: ``name`` and the first number that is free."""
+    """A branch that is made when its first turn is: ``name``, if ``numbered`` with the first number that is free."""
 
     session: int
     name: str
+    numbered: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +177,7 @@ class Commits:
         """Move the branch on; if another process moved it first, the turn is kept on a branch of its own."""
         there = self._branch
         if isinstance(there, NewBranch):
-            name = refs.free_name(conn, there.session, there.name, first=1)
+            name = refs.free_name(conn, there.session, there.name, first=1) if there.numbered else there.name
             self._branch = refs.add_branch(conn, there.session, name, turn.row)
             return
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-from kvloom_store import segments
+from kvloom_store import explorations, segments
 from kvloom_store.checksum import checked, update
 from kvloom_store.schema import branch, node, segment, session, tag, turn, turn_state
 
@@ -27,6 +27,7 @@ def remove_session(conn: sa.Connection, session_row: int) -> None:
     outside = sa.select(turn_state.c.id).where(turn_state.c.base_state.in_(ids), ~states)
     for row in conn.execute(outside).scalars().all():
         _detach(conn, row)
+    explorations.remove_all(conn, session_row)
     for table in (branch, tag):
         conn.execute(table.delete().where(table.c.session == session_row))
     # Children before parents: foreign keys are checked row by row.

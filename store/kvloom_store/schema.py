@@ -184,6 +184,32 @@ branch = _table(
 )
 """A named, movable pointer to a turn; null before the first one."""
 
+exploration = _table(
+    "exploration",
+    _id(),
+    _ref("session", "session"),
+    _text("name"),
+    _ref("turn", "turn"),
+    _bytes("settings"),
+    _int("created"),
+    UniqueConstraint("session", "name", name="exploration_name"),
+)
+"""One search over continuations of a turn; its settings (MessagePack) are all that decides what it will do."""
+
+candidate = _table(
+    "candidate",
+    _id(),
+    _ref("exploration", "exploration", index=True),
+    _ref("parent", "candidate", nullable=True),
+    _int("number"),
+    _ref("turn", "turn", index=True),
+    _text("status"),
+    _bytes("score", nullable=True),
+    _bytes("found"),
+    UniqueConstraint("exploration", "parent", "number", name="candidate_number"),
+)
+"""One continuation that a search made: child ``number`` of its parent, ending with a turn. Numbers are MessagePack."""
+
 tag = _table(
     "tag",
     _id(),
