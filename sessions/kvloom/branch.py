@@ -241,6 +241,16 @@ class Branch:
             raise NothingToDo("there is nothing to undo")
         self._move(path[-1].parent)
 
+    def move_to(self, at: str) -> None:
+        """Let the branch point where a ref of its session does; the turns it leaves stay in the tree.
+
+        Raises:
+            RefNotFound, RefConflict (another process moved it meanwhile)
+        """
+        point = self._loom.resolve(self.session.ref(at))
+        self._row = self.session.branch(self.name).row
+        self._move(point.turn)
+
     def fork(self, name: str, back: int = 0) -> Branch:
         """A new branch here, or so many turns back."""
         return self.session.fork(name, f"{self.name}~{back}" if back else self.name)

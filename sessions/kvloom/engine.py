@@ -204,7 +204,11 @@ class TransformersEngine:
         return output
 
     def logits_of(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The logits ``[vocab]`` that follow from a final hidden state ``[1, 1, hidden_size]``.
+        """The logits ``[vocab]`` that follow from a final hidden state ``[1, 1, hidden_size]``."""
+        return self.logits_of_all(hidden)[0]
+
+    def logits_of_all(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The logits ``[paths, vocab]`` that follow from final hidden states ``[paths, 1, hidden_size]``.
 
         Only the output head runs: the model's own forward, with the decoder stood in for by the hidden state, so
         that whatever a model does behind its decoder (scaling, soft-capping) is done here too.
@@ -213,13 +217,14 @@ class TransformersEngine:
         self._base.forward = lambda *_, **__: self._output_class(last_hidden_state=hidden)
         try:
             with torch.inference_mode():
-                output = self.model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=self.device))
+                ids = torch.zeros((len(hidden), 1), dtype=torch.long, device=self.device)
+                output = self.model(input_ids=ids)
         finally:
             if "forward" in vars(self._base):
                 del self._base.forward
             if self._base.forward != decoder:  # somebody else had put one there
                 self._base.forward = decoder
-        logits: torch.Tensor = output.logits[0, -1]
+        logits: torch.Tensor = output.logits[:, -1]
         return logits
 
     def prefill(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from kvloom.cost import Prices, SessionCost
     from kvloom.engine import Progress
+    from kvloom.explore.search import Search
     from kvloom.loom import KVLoom
     from kvloom.partial import Partial
     from kvloom.planned import PlannedBranch
@@ -114,14 +115,14 @@ class Session:
             RefExists, RefNotFound, InvalidName
             EngineError, ModelMismatch: a turn would have to be cut, and its tokenizer is not here.
         """
-        ref = self._ref(at)
+        ref = self.ref(at)
         with self._settled(ref) as (conn, turn):
             row = refs.add_branch(conn, self._row.row, name, turn)
         return Branch(self._loom, self, row)
 
     def checkout(self, at: str) -> Branch:
         """The branch at a ref; a new one, named after main, where the ref is not a branch."""
-        ref = self._ref(at)
+        ref = self.ref(at)
         point = self._loom.resolve(ref)
         if point.branch is not None:
             return Branch(self._loom, self, point.branch)
@@ -143,13 +144,40 @@ class Session:
         """
         from kvloom import edit
 
-        return edit.plan(self, self._ref(at), text, branch=branch, replay_turns=replay_turns)
+        return edit.plan(self, self.ref(at), text, branch=branch, replay_turns=replay_turns)
+
+    def explore(
+        self,
+        at: str | None = None,
+        *,
+        prompt: str | None = None,
+        name: str = "explore",
+        resume: bool = False,
+        cancel: threading.Event | None = None,
+        told: Callable[[int], None] | None = None,
+        **settings: Any,
+    ) -> Search:
+        """Search continuations of a point: iterate over the result for its events, then read its ``result``.
+
+        ``prompt`` is said at ``at`` first, on a branch of the search's ``name``; without it the candidates are replies
+        to the last message, or go on with a stopped reply. ``settings`` are fields of ``ExploreSettings`` and of
+        ``SamplingSettings``. Every candidate is a branch: ``explore/1``, its children ``explore/1.1`` ... ``resume``
+        goes on with the search of that name, if there is one; settings that are given must be its own.
+
+        Raises:
+            SessionError: settings that make no sense, or other ones than those of the search that is resumed.
+            RefExists: there is a search, or a branch, of that name.
+            NothingToDo, RefNotFound, InvalidText, ModelMismatch, ContextOverflow
+        """
+        from kvloom.explore.search import Search
+
+        return Search(self, at, prompt, name, settings, resume=resume, cancel=cancel, told=told)
 
     def missing(self, at: str | None = None, *, verify: bool = False) -> Missing:
         """What of the state down to a ref is missing, and ``warm`` would compute; ``verify`` reads what is stored."""
         from kvloom.warm import missing
 
-        return missing(self, self._loom.resolve(self._ref(at)).turn, verify=verify)
+        return missing(self, self._loom.resolve(self.ref(at)).turn, verify=verify)
 
     def warm(
         self, at: str | None = None, *, cancel: threading.Event | None = None, progress: Progress | None = None
@@ -160,7 +188,7 @@ class Session:
         """
         from kvloom.warm import warm
 
-        ref = self._ref(at)
+        ref = self.ref(at)
         return warm(self, self._loom.resolve(ref).turn, ref.point or MAIN, cancel=cancel, progress=progress)
 
     def cost(self, prices: Prices | None = None) -> SessionCost:
@@ -171,7 +199,7 @@ class Session:
 
     def tag(self, name: str, at: str | None = None) -> None:
         """A name that stays at a turn. Raises RefExists, RefNotFound, NothingToDo."""
-        ref = self._ref(at)
+        ref = self.ref(at)
         if self._loom.resolve(ref).turn is None:
             raise NothingToDo("there is no turn to tag yet")
         with self._settled(ref) as (conn, turn):
@@ -188,7 +216,7 @@ class Session:
 
         Where that turn's tokenizer is not here (``tokenizer`` is None), its text is told whole.
         """
-        ref = self._ref(at)
+        ref = self.ref(at)
         with self._loom.database.read() as conn:
             point = refs.resolve(conn, ref)
             shown = self._described(conn, turns.path_to(conn, point.turn))
@@ -207,7 +235,7 @@ class Session:
 
         Read now; listing turns reads none. () of a turn that no model generated here.
         """
-        ref = self._ref(at.id if isinstance(at, TreeTurn) else at)
+        ref = self.ref(at.id if isinstance(at, TreeTurn) else at)
         with self._loom.database.read() as conn:
             point = refs.resolve(conn, ref)
             states = turns.states_of(conn, [point.turn]) if point.turn is not None else []
@@ -229,7 +257,8 @@ class Session:
         with self._loom.database.write() as conn:
             self._row = refs.rename_session(conn, self.name, name)
 
-    def _ref(self, at: str | None) -> Ref:
+    def ref(self, at: str | None) -> Ref:
+        """What a ref within this session names, taken apart (None: main). Raises InvalidName."""
         return parse_ref(f"{self.name}@{at}" if at else self.name)
 
     @contextmanager
