@@ -20,7 +20,7 @@ BELOW = {
 # when they are called, so that listing and reading a store costs nothing.
 TENSORS = {"engine", "layers", "live", "loop", "probe", "resume", "rope", "support"}
 TENSORS_LATE = {"models", "convert", "identity", "sampling", "cli.about"}
-TRANSFORMERS_LATE = TENSORS_LATE | {"quiet", "template", "template_file"}
+TRANSFORMERS_LATE = TENSORS_LATE | {"known_model", "quiet", "template", "template_file"}
 CACHES = {"layers", "loop", "probe"}  # loop names the class in a signature, probe makes one
 
 

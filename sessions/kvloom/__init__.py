@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from kvloom.sampling import SamplingSettings
     from kvloom.session import Session, TreeTurn
     from kvloom.template import ChatTemplate
+    from kvloom.why import Why
 
 __all__ = [
     "Branch",
@@ -40,6 +41,7 @@ __all__ = [
     "Tokens",
     "TransformersEngine",
     "TreeTurn",
+    "Why",
     "__version__",
     "errors",
     "load_engine",
@@ -59,6 +61,7 @@ _HOME = {
     "Tokens": "report",
     "TransformersEngine": "engine",
     "TreeTurn": "session",
+    "Why": "why",
     "load_engine": "loom",
     "open": "loom",
 }

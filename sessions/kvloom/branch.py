@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kvloom.run import Run, RunOptions
     from kvloom.session import Session, TreeTurn
     from kvloom.template import ChatTemplate
+    from kvloom.why import Why
 
 
 class Branch:
@@ -151,6 +152,17 @@ class Branch:
         """A new branch here, or so many turns back."""
         return self.session.fork(name, f"{self.name}~{back}" if back else self.name)
 
+    def why(self, text: str) -> Why:
+        """What saying a text here would reuse, and why not more; the model's weights are not loaded.
+
+        Raises:
+            InvalidText, SessionError
+            ModelNotFound: the model, whose tokenizer is needed, is not here.
+        """
+        from kvloom import foresee
+
+        return foresee.of_text(self.session, Ref(self.session.name, self.name, 0), text)
+
     def log(self) -> list[TreeTurn]:
         """The turns from the first one down to this branch."""
         return self.session.log(self.name)
@@ -159,8 +171,7 @@ class Branch:
         """The session's own chat template, with the options and the clock it began with."""
         from kvloom.template import ChatTemplate
 
-        settings = self.session.settings
-        return ChatTemplate(settings["chat_template"], settings["template_options"], settings["clock"])
+        return ChatTemplate.of_session(self.session.settings)
 
     def _path(self) -> tuple[list[Turn], dict[int, TurnState]]:
         """The turns down to the branch as it stands now, and what this model made of them."""

@@ -17,7 +17,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from kvloom import passes, support
+from kvloom import models, passes, support
 from kvloom._version import __version__
 from kvloom.errors import ContextOverflow, EngineError, UnsupportedInput, UnsupportedModel
 from kvloom.identity import ModelIdentity, identity_of
@@ -339,11 +339,8 @@ def _threads(count: int) -> Iterator[None]:
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Tokens that end a reply: those of the generation config, and the tokenizer's own."""
-    found: set[int] = set()
     generation = getattr(model, "generation_config", None)
-    for value in (getattr(generation, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id):
-        found.update([value] if isinstance(value, int) else value or [])
-    return frozenset(found)
+    return models.eos_ids(getattr(generation, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id)
 
 
 def _device_name(device: torch.device) -> str:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import DynamicCache
 
     from kvloom.engine import TransformersEngine
+    from kvloom.known_model import KnownModel
     from kvloom.models import Progress
     from kvloom.prefetch import Prefetch
     from kvloom.resume import Resumer
@@ -62,6 +63,7 @@ class KVLoom:
         self._keyframe_spacing = keyframe_spacing
         self._progress = progress
         self._prefetch: Prefetch | None = None
+        self._known: dict[tuple[str, str], KnownModel] = {}
         self._closed = False
 
     @cached_property
@@ -90,6 +92,21 @@ class KVLoom:
     def has_model(self) -> bool:
         """Whether the store was opened with a model, loaded or not."""
         return self._model is not None
+
+    def known_model(self, settings: Mapping[str, Any]) -> KnownModel:
+        """The model, as far as it is known without its weights; of a store opened without one, a session's own.
+
+        Raises ModelNotFound, EngineError and its other kinds.
+        """
+        from kvloom import known_model
+
+        if self.has_engine:
+            return known_model.of_engine(self.engine)
+        name, dtype = (self._model, self._dtype) if self._model is not None else (settings["model"], settings["dtype"])
+        assert isinstance(name, str)  # else there is an engine
+        if (name, dtype) not in self._known:
+            self._known[name, dtype] = known_model.of_name(name, dtype)
+        return self._known[name, dtype]
 
     @cached_property
     def writer(self) -> Writer:

@@ -169,7 +169,7 @@ class Resumer:
         while state is not None and not _holds(live, state, upto):
             with self.database.read() as conn:
                 state = turns.state(conn, state.row)
-                base = self._base_of(conn, state)
+                base = turns.base_of(conn, state)
             damaged = False
             if upto > state.state_start:  # else the turn added no rows of its own: its state is its base's
                 damaged = state.segment is not None and not self._loaded(
@@ -237,14 +237,6 @@ class Resumer:
         if unstored is not None:
             live.truncate(unstored.start)
         return unstored is None
-
-    @staticmethod
-    def _base_of(conn: sa.Connection, tip: TurnState) -> TurnState | None:
-        """The turn whose state a turn's own was computed on: it knows how to compute that again, too."""
-        if tip.base_state is not None:
-            return turns.state(conn, tip.base_state)
-        owners = turns.states_with_segments(conn, [tip.base_segment]) if tip.base_segment is not None else []
-        return owners[0] if owners else None
 
     def _replay(
         self,

@@ -98,6 +98,11 @@ class ChatTemplate:
         _ = template.digest, template._now
         return template
 
+    @classmethod
+    def of_session(cls, settings: Mapping[str, Any]) -> ChatTemplate:
+        """The template a session was begun with, from its settings."""
+        return cls(settings["chat_template"], settings["template_options"], settings["clock"])
+
     @property
     def is_default(self) -> bool:
         """Whether this is `DEFAULT_TEMPLATE`: the model has no format, and nothing that ends a reply."""
@@ -218,7 +223,7 @@ def extend(
 
     keep, start = _aligned(tokenizer, full, seen, parent, reply_start if replied else None, marker)
     ids = (*parent[:keep], *_encode(tokenizer, full[start:], marker, parent[keep - 1] if keep else None))
-    kept = _common(ids, parent)
+    kept = common(ids, parent)
     return Prompt(ids, kept, kept < len(parent))
 
 
@@ -264,7 +269,7 @@ def _aligned(
     ``parent`` was made from, and kept up to the last control token they share: control tokens are the one
     thing that text and ids have in common whatever was sampled between them.
     """
-    same = _common(full, seen)
+    same = common(full, seen)
     if reply_start is not None and seen and same == len(seen):
         return reply_start, same
     added = _added(tokenizer)
@@ -278,7 +283,7 @@ def _aligned(
     return keep, start
 
 
-def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
+def common(a: Sequence[Any], b: Sequence[Any]) -> int:
     """How many leading items two sequences share."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 

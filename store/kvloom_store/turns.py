@@ -246,6 +246,12 @@ def states_of(conn: sa.Connection, turn_rows: Sequence[int]) -> list[TurnState]:
     return [_state(checked(turn_state, row)) for row in conn.execute(query)]
 
 
+def states_of_session(conn: sa.Connection, session: int) -> list[TurnState]:
+    """Every state of a session's turns, oldest first."""
+    query = sa.select(turn_state).join(turn, turn.c.id == turn_state.c.turn).where(turn.c.session == session)
+    return [_state(checked(turn_state, row)) for row in conn.execute(query.order_by(turn_state.c.id))]
+
+
 def token_counts(conn: sa.Connection, session: int) -> list[tuple[int, int, int]]:
     """(turn, start, end) of each turn state of a session, oldest first, without reading their tokens."""
     query = (
@@ -281,6 +287,14 @@ def best_state(states: Sequence[TurnState], root: int) -> TurnState | None:
     """Of a turn's states, the one to go on from: held before not held, the first before its variants."""
     mine = [each for each in states if each.root == root]
     return min(mine, key=lambda s: (s.segment is None and s.state_end > s.state_start, s.variant, s.row), default=None)
+
+
+def base_of(conn: sa.Connection, above: TurnState) -> TurnState | None:
+    """The turn whose state a turn's own was computed on: it knows how to compute that again, too."""
+    if above.base_state is not None:
+        return state(conn, above.base_state)
+    owners = states_with_segments(conn, [above.base_segment]) if above.base_segment is not None else []
+    return owners[0] if owners else None
 
 
 def set_segment(conn: sa.Connection, row: int, segment: int, base_segment: int | None) -> None:

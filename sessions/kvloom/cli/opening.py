@@ -81,7 +81,7 @@ def talking(
     gc.enable()
     ref, at = parse(text)
     known = _settings_of(options, ref, create=create)
-    source = _template(chat_template)
+    source = template_of(chat_template)
     warn_of_network_drive(options.path)
     bars = Bars()
     loom = _open(options, known, model, dtype, bars, must_exist=not create)
@@ -120,7 +120,7 @@ def talking(
         _close(loom)
 
 
-def _template(file: str | None) -> str | None:
+def template_of(file: str | None) -> str | None:
     """The chat template in a file, checked. Raises SessionError and its kinds."""
     if file is None:
         return None
@@ -170,7 +170,7 @@ def _open(
     own = settings.get("dtype")
     if own and dtype not in (None, "auto", own):
         raise ModelMismatch("dtype", own, str(dtype))
-    name = _absolute(model or settings.get("model") or chosen.model)
+    name = absolute(model or settings.get("model") or chosen.model)
     resolve(name)  # before a store is made: a model that is not there should leave nothing behind
     return KVLoom(
         options.path,
@@ -183,7 +183,7 @@ def _open(
     )
 
 
-def _absolute(name: str) -> str:
+def absolute(name: str) -> str:
     """A model that is a path, as one that is found from every folder: a session remembers it."""
     from kvloom.models import ALIASES
 

@@ -15,6 +15,7 @@ from kvloom.cli.terminal import (
     iso_time,
     local_time,
     preview,
+    print_facts,
     print_json,
     seconds,
     styled_role,
@@ -273,7 +274,7 @@ def _print_full(head: dict[str, Any]) -> None:
     facts: list[tuple[str, object]] = [("session", head["session"]), ("model", f"{head['model']}, {head['dtype']}")]
     turn = head["turn"]
     if turn is None:
-        _print_facts(facts)
+        print_facts(facts)
         return dim("nothing was said yet")
     names = [f"[{name}]" for name in turn["branches"]] + [f"#{name}" for name in turn["tags"]]
     facts += [("turn", " ".join([turn["id"], *names])), ("parent", turn["parent"] or "none, it is the first")]
@@ -285,7 +286,7 @@ def _print_full(head: dict[str, Any]) -> None:
     facts += [("settings", _pairs(turn["settings"])), ("timings", _timings(turn["timings"]))]
     for state in turn["states"]:
         facts += _state_facts(state)
-    _print_facts(facts)
+    print_facts(facts)
     click.echo()
     click.echo(styled_role(turn["role"]))
     return click.echo(clean(turn["text"]))
@@ -312,9 +313,3 @@ def _pairs(values: dict[str, Any]) -> str:
 def _timings(values: dict[str, Any]) -> str:
     named = {"first_token": "first token", "restore": "restore", "total": "total"}
     return ", ".join(f"{named.get(key, key)} {seconds(value)}" for key, value in values.items() if value is not None)
-
-
-def _print_facts(facts: list[tuple[str, object]]) -> None:
-    for name, value in facts:
-        if value:
-            click.echo(f"{click.style(f'{name:<12}', dim=True)}{clean(str(value))}")

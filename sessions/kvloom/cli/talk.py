@@ -78,7 +78,7 @@ def say(options: Options, ref: str, text: str, no_reuse: bool, **values: Any) ->
     if no_reuse and values["require_reuse"]:
         raise click.UsageError("--no-reuse and --require-reuse exclude each other")
     settings = sampling(values)
-    said = _text(text)
+    said = given_text(text)
     required = values["require_reuse"]
 
     begun = {name: values[name] for name in ("system", "chat_template", "model", "dtype")}
@@ -236,7 +236,7 @@ def interruptible() -> Iterator[Stopped]:
             signal.signal(number, handler)
 
 
-def _text(given: str) -> str:
+def given_text(given: str) -> str:
     """TEXT, or what is on stdin; refused here if it is empty, before anything is opened."""
     from kvloom.branch import check_unicode
     from kvloom.errors import InvalidText, LimitExceeded
