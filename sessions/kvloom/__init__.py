@@ -19,6 +19,7 @@ from kvloom._version import __version__
 
 if TYPE_CHECKING:
     from kvloom.branch import Branch
+    from kvloom.diff import Diff
     from kvloom.engine import TransformersEngine
     from kvloom.errors import KVLoomError
     from kvloom.loom import KVLoom, load_engine, open
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Branch",
     "ChatTemplate",
+    "Diff",
     "KVLoom",
     "KVLoomError",
     "Reply",
@@ -51,6 +53,7 @@ __all__ = [
 _HOME = {
     "Branch": "branch",
     "ChatTemplate": "template",
+    "Diff": "diff",
     "KVLoom": "loom",
     "KVLoomError": "errors",
     "Reply": "report",

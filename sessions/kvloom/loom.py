@@ -17,6 +17,7 @@ from kvloom_store.database import Database, default_path
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
+    from kvloom.diff import Diff
     from kvloom.engine import TransformersEngine
     from kvloom.known_model import KnownModel
     from kvloom.models import Progress
@@ -188,6 +189,15 @@ class KVLoom:
         """What a ref points at. Raises RefNotFound with the nearest names."""
         with self.database.read() as conn:
             return refs.resolve(conn, ref)
+
+    def diff(self, a: str, b: str) -> Diff:
+        """Where the paths to two refs part (``"trip@main"``, ``"trip:90"``, of one session or of two), and both sides.
+
+        Raises InvalidName, RefNotFound.
+        """
+        from kvloom import diff
+
+        return diff.between(self, names.parse_ref(a), names.parse_ref(b))
 
     def remove(self, name: str) -> None:
         """Take a session away, with the state that no other one shares. Raises RefNotFound."""

@@ -266,12 +266,12 @@ def _difference(stored: Sequence[int], asked: Sequence[int], at: int, found: Fin
         stored_token=stored[at] if at < len(stored) else None,
         asked_token=asked[at] if at < len(asked) else None,
         before=decode(asked[first:at]),
-        stored=_behind(stored[first : at + SHOWN], at - first, decode),
-        asked=_behind(asked[first : at + SHOWN], at - first, decode),
+        stored=behind(stored[first : at + SHOWN], at - first, decode),
+        asked=behind(asked[first : at + SHOWN], at - first, decode),
     )
 
 
-def _behind(ids: Sequence[int], at: int, decode: Decode) -> str:
+def behind(ids: Sequence[int], at: int, decode: Decode) -> str:
     """The text of ids[at:], decoded with what comes before: a decoder may treat the first token otherwise."""
     head, whole = decode(ids[:at]), decode(ids)
     return whole[len(head) :] if whole.startswith(head) else decode(ids[at:])
