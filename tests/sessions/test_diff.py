@@ -37,8 +37,7 @@ def forked(loom: kvloom.KVLoom) -> kvloom.KVLoom:
 def ids(loom: kvloom.KVLoom, ref: str) -> list[int]:
     with loom.database.read() as conn:
         at = loom.resolve(parse_ref(ref))
-        found = spans.tokens_of(conn, spans.of_path(conn, turns.path_to(conn, at.turn)))
-    return found
+        return spans.tokens_of(conn, spans.of_path(conn, turns.path_to(conn, at.turn)))
 
 
 def first_difference(a: list[int], b: list[int]) -> int:
@@ -51,7 +50,7 @@ def test_two_branches_part_inside_the_message_that_was_said_otherwise(forked: kv
     assert found.position == first_difference(a, b)
     assert (found.shared, found.character, found.same) == (3, len("and some "), False)
     assert (found.a.token, found.b.token) == (a[found.position], b[found.position])
-    assert [turn.text for turn in found.a.turns][0] == "and some of it"
+    assert next(turn.text for turn in found.a.turns) == "and some of it"
     assert [turn.id for turn in found.b.turns] == [turn.id for turn in forked.find("a").log("other")[3:]]
     assert found.before.endswith("user\nand some")
     assert (found.a.text[:7], found.b.text[:11]) == (" of it<", " more of it")
