@@ -115,8 +115,10 @@ def test_statements_are_built_in_the_store_only(source):
 
 
 @every_module
-def test_sqlite_is_named_in_one_module(source):
+def test_sqlite_is_named_in_one_module_and_its_index_in_another(source):
     assert not source.takes("sqlite3") or source.full == "kvloom_store.sqlite"
+    texts = [text for text in _texts(source.tree) if re.search(r"\bfts5\(|\bVIRTUAL TABLE\b|sqlite_master", text, re.I)]
+    assert not texts or source.full in ("kvloom_store.sqlite", "kvloom_store.fulltext"), f"{texts}"
     pragmas = [text for text in _texts(source.tree) if text.lstrip().upper().startswith("PRAGMA")]
     assert not pragmas or source.full == "kvloom_store.sqlite", f"{pragmas}"
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kvloom.models import Progress
     from kvloom.prefetch import Prefetch
     from kvloom.resume import Resumer
+    from kvloom_store.search import Hits
     from kvloom_store.writer import Writer
 
 DEFAULT_CODEC = "auto"
@@ -198,6 +199,29 @@ class KVLoom:
         from kvloom import diff
 
         return diff.between(self, names.parse_ref(a), names.parse_ref(b))
+
+    def search(
+        self,
+        text: str,
+        *,
+        session: str | None = None,
+        role: str | None = None,
+        limit: int = 20,
+        newest: bool = False,
+        raw: bool = False,
+        rebuild: bool = False,
+    ) -> Hits:
+        """Turns that hold all words of ``text``, those between quotation marks in this order; the best first, or the
+        newest.
+
+        ``raw`` takes it for FTS5's query syntax; ``rebuild`` builds the index anew before. Raises InvalidQuery,
+        RefNotFound, StoreUnavailable.
+        """
+        from kvloom_store import search
+
+        if rebuild:
+            search.rebuild(self.database)
+        return search.search(self.database, text, session=session, role=role, limit=limit, newest=newest, raw=raw)
 
     def remove(self, name: str) -> None:
         """Take a session away, with the state that no other one shares. Raises RefNotFound."""

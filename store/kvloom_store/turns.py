@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from kvloom_proto import limits
 from kvloom_proto.errors import FormatError, LimitExceeded
 from kvloom_proto.records import Schedule, pack, read_schedule
+from kvloom_store import fulltext
 from kvloom_store.checksum import checked, insert, unpacked, update
 from kvloom_store.database import allocate, now_us
 from kvloom_store.errors import CorruptRow
@@ -117,7 +118,9 @@ def add_turn(
         "created": now_us(),
     }
     insert(conn, turn, values)
-    return _turn(values)
+    made = _turn(values)
+    fulltext.add(conn, made.row, made.text)
+    return made
 
 
 def _turn(values: Mapping[str, Any]) -> Turn:
