@@ -407,6 +407,8 @@ class TestStartingFast:
             (["fork", "trip:30", "b"], ["prompt_toolkit"]),
             (["tree", "trip"], ["prompt_toolkit"]),
             (["show", "trip@main~2"], ["prompt_toolkit"]),
+            (["diff", "trip@main~2", "trip"], ["prompt_toolkit"]),
+            (["search", "hello"], ["prompt_toolkit"]),
             (["config"], ["sqlalchemy"]),
         ],
     )
