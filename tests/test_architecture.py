@@ -34,7 +34,7 @@ TENSORS = {
     "support",
 }
 TENSORS_LATE = {"models", "convert", "identity", "sampling", "filters", "scores", "cli.about"}
-TRANSFORMERS_LATE = TENSORS_LATE | {"quiet", "template", "template_file"}
+TRANSFORMERS_LATE = TENSORS_LATE | {"quiet", "template", "template_file", "known_model"}
 CACHES = {
     "blocks",
     "layers",
@@ -137,8 +137,10 @@ def test_statements_are_built_in_the_store_only(source):
 
 
 @every_module
-def test_sqlite_is_named_in_one_module(source):
+def test_sqlite_is_named_in_one_module_and_its_index_in_another(source):
     assert not source.takes("sqlite3") or source.full == "kvloom_store.sqlite"
+    texts = [text for text in _texts(source.tree) if re.search(r"\bfts5\(|\bVIRTUAL TABLE\b|sqlite_master", text, re.I)]
+    assert not texts or source.full in ("kvloom_store.sqlite", "kvloom_store.fulltext"), f"{texts}"
     pragmas = [text for text in _texts(source.tree) if text.lstrip().upper().startswith("PRAGMA")]
     assert not pragmas or source.full == "kvloom_store.sqlite", f"{pragmas}"
 

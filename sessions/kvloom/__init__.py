@@ -20,6 +20,7 @@ from kvloom._version import __version__
 if TYPE_CHECKING:
     from kvloom.branch import Branch
     from kvloom.choices import Choice, Option
+    from kvloom.diff import Diff
     from kvloom.engine import TransformersEngine
     from kvloom.errors import KVLoomError
     from kvloom.loom import KVLoom, load_engine, open
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from kvloom.scores import TokenScore
     from kvloom.session import Session, TreeTurn
     from kvloom.template import ChatTemplate
+    from kvloom.why import Why
 
 __all__ = [
     "Added",
@@ -36,6 +38,7 @@ __all__ = [
     "ChatTemplate",
     "Choice",
     "Cost",
+    "Diff",
     "KVLoom",
     "KVLoomError",
     "Option",
@@ -49,6 +52,7 @@ __all__ = [
     "Tokens",
     "TransformersEngine",
     "TreeTurn",
+    "Why",
     "__version__",
     "errors",
     "load_engine",
@@ -61,6 +65,7 @@ _HOME = {
     "ChatTemplate": "template",
     "Choice": "choices",
     "Cost": "report",
+    "Diff": "diff",
     "KVLoom": "loom",
     "KVLoomError": "errors",
     "Option": "choices",
@@ -74,6 +79,7 @@ _HOME = {
     "Tokens": "report",
     "TransformersEngine": "engine",
     "TreeTurn": "session",
+    "Why": "why",
     "load_engine": "loom",
     "open": "loom",
 }

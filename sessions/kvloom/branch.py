@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from kvloom.run import Run, RunOptions
     from kvloom.sample import Sample, SampleRun
     from kvloom.session import Session, TreeTurn
-    from kvloom.template import ChatTemplate, Prompt
+    from kvloom.template import Prompt
+    from kvloom.why import Why
 
 
 class Branch:
@@ -161,7 +162,7 @@ class Branch:
 
         check_texts(choices)
         parent, tip, prompt, messages = self._prompt(text)
-        given = replies(self._loom.engine, self.session_template(), messages, prompt.ids, choices)
+        given = replies(self._loom.engine, self.session.template(), messages, prompt.ids, choices)
         settings = self._chosen(None, {})
         options = self._options(reuse, require_reuse, cancel, progress)
         return self._run(
@@ -188,7 +189,7 @@ class Branch:
         if parent.role == "assistant":
             given = more(engine, ids, texts)
         else:
-            given = replies(engine, self.session_template(), merged(path, states)[0], ids, texts)
+            given = replies(engine, self.session.template(), merged(path, states)[0], ids, texts)
         return score_at(self._loom, ids, tip, given, cancel, progress)
 
     def continue_reply(
@@ -260,13 +261,20 @@ class Branch:
         at = f"{self.name}~{back}" if back else self.name
         return self.session.edit(at, text, branch=branch, replay_turns=replay_turns)
 
+    def why(self, text: str) -> Why:
+        """What saying a text here would reuse, and why not more; the model's weights are not loaded.
+
+        Raises:
+            InvalidText, SessionError
+            ModelNotFound: the model, whose tokenizer is needed, is not here.
+        """
+        from kvloom import foresee
+
+        return foresee.of_text(self.session, Ref(self.session.name, self.name, 0), text)
+
     def log(self) -> list[TreeTurn]:
         """The turns from the first one down to this branch."""
         return self.session.log(self.name)
-
-    def session_template(self) -> ChatTemplate:
-        """The session's own chat template, with the options and the clock it began with."""
-        return self.session.template()
 
     def _path(self) -> tuple[list[Turn], dict[int, TurnState]]:
         """The turns down to the branch as it stands now, and what this model made of them."""
@@ -292,7 +300,7 @@ class Branch:
         message = {"role": "user", "content": text}
         engine = self._loom.engine
         prompt = extend(
-            self.session_template(),
+            self.session.template(),
             engine.tokenizer,
             history,
             self._ids_to(tip) if tip else [],
@@ -324,14 +332,14 @@ class Branch:
 
         chosen = _settings(settings, sampling)
         given = "stop" in sampling or bool(chosen.stop)
-        return chosen if given or not self.session_template().is_default else replace(chosen, stop=DEFAULT_STOP)
+        return chosen if given or not self.session.template().is_default else replace(chosen, stop=DEFAULT_STOP)
 
     def _ended_by_default(self, reply: Turn) -> bool:
         """Whether a reply ended as those under the default template do, which no token ends."""
         from kvloom.template import DEFAULT_STOP
 
         stops = tuple(reply.settings.get("stop", ()))
-        return reply.finish_reason == "stop" and stops == DEFAULT_STOP and self.session_template().is_default
+        return reply.finish_reason == "stop" and stops == DEFAULT_STOP and self.session.template().is_default
 
     def _options(
         self, reuse: bool, require_reuse: bool, cancel: threading.Event | None, progress: Progress | None

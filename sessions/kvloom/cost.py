@@ -10,16 +10,14 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kvloom.report import Tokens
-from kvloom_store import cut, refs, turns
+from kvloom_store import cut, rates, refs, turns
+from kvloom_store.rates import Speed
 from kvloom_store.turns import Turn
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
 
     from kvloom.session import Session
-
-LONG_ENOUGH = 64
-"""Tokens of a prefill from which its speed is that of the long ones that reuse stands in for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +30,6 @@ class Prices:
     input: float = 3.00
     cached: float = 0.30
     output: float = 15.00
-
-
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """Prefill on this machine, as this store's turns have timed it: tokens a second, over so many measurements of at
-    least so many tokens each; None without any."""
-
-    tokens_per_second: float | None
-    measurements: int
-    at_least: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +70,7 @@ def cost(session: Session, prices: Prices | None = None) -> SessionCost:
     with session.loom.database.read() as conn:
         said = turns.of_session(conn, session.row.row)
         places = turns.token_counts(conn, session.row.row)
-        speed = _speed([turn for row in _alike(conn, session) for turn in turns.of_session(conn, row)])
+        speed = rates.prefill([turn for row in _alike(conn, session) for turn in turns.of_session(conn, row)])
     prices = prices or Prices()
     records = [turn.timings["tokens"] for turn in said if "tokens" in turn.timings]
     tokens = Tokens(**{name: sum(record.get(name, 0) for record in records) for name in asdict(Tokens())})
@@ -101,20 +89,6 @@ def _alike(conn: sa.Connection, session: Session) -> list[int]:
     """The sessions under the same model in the same precision: what they timed holds for this one."""
     same = session.settings["model_digest"]
     return [each.row for each in refs.sessions(conn) if each.settings.get("model_digest") == same]
-
-
-def _speed(timed: Sequence[Turn]) -> Speed:
-    """Prefill as it was timed: by long ones if there are any, since short ones take as long as a few more tokens do."""
-    pairs = [(turn.timings["tokens"]["computed"], turn.timings["prefill"]) for turn in timed if _is_timed(turn)]
-    at_least = LONG_ENOUGH if any(tokens >= LONG_ENOUGH for tokens, _ in pairs) else 1
-    pairs = [pair for pair in pairs if pair[0] >= at_least]
-    taken = sum(seconds for _, seconds in pairs)
-    return Speed(sum(tokens for tokens, _ in pairs) / taken if taken else None, len(pairs), at_least)
-
-
-def _is_timed(turn: Turn) -> bool:
-    record = turn.timings.get("tokens", {})
-    return bool(record.get("computed") and turn.timings.get("prefill"))
 
 
 def hosted(said: Sequence[Turn], places: Mapping[int, tuple[int, int]], prices: Prices) -> Hosted:

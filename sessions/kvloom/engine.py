@@ -18,7 +18,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from kvloom import passes, siblings, support
+from kvloom import models, passes, siblings, support
 from kvloom._version import __version__
 from kvloom.errors import ContextOverflow, EngineError, UnsupportedInput, UnsupportedModel
 from kvloom.filters import float32
@@ -75,7 +75,11 @@ class TransformersEngine:
         self.config = model.config.get_text_config(decoder=True)
         self.context_limit = support.context_limit(self.config)
         self.vocab_size = int(self.config.vocab_size)
-        self.eos_ids = support.eos_ids(model, tokenizer)
+        self.eos_ids = models.eos_ids(
+            getattr(getattr(model, "generation_config", None), "eos_token_id", None),
+            model.config.eos_token_id,
+            tokenizer.eos_token_id,
+        )
         self.keyframe_spacing = keyframe_spacing
         self._cache_argument = support.cache_argument(model) or ""
         self._takes_position_ids = support.takes(model, "position_ids")

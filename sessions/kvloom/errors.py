@@ -4,7 +4,8 @@ KVLoomError                 catch-all: .hint says what to do next, .exit_code is
   FormatError      10       bytes: Truncated, LimitExceeded, UnsupportedVersion, UnknownCodec,
                             ChecksumMismatch
   StoreError       20       database: NotAStore, StoreUnavailable, StoreLocked, SchemaTooNew,
-                            CorruptRow, RefNotFound, RefExists, RefConflict, InvalidName
+                            CorruptRow, RefNotFound, RefExists, RefConflict, InvalidName,
+                            InvalidQuery
   EngineError      30       model: ModelNotFound, ModelMismatch, UnsupportedModel, UnsupportedInput,
                             ContextOverflow
   SessionError     40       use: InvalidText, NothingToDo, ReuseRequired, Closed
@@ -24,6 +25,7 @@ from kvloom_proto.errors import (
 from kvloom_store.errors import (
     CorruptRow,
     InvalidName,
+    InvalidQuery,
     NotAStore,
     RefConflict,
     RefExists,
@@ -42,6 +44,7 @@ __all__ = [
     "EngineError",
     "FormatError",
     "InvalidName",
+    "InvalidQuery",
     "InvalidText",
     "KVLoomError",
     "LimitExceeded",

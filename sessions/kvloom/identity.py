@@ -86,17 +86,12 @@ def identity_of(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase | Non
     base, adapters = _split(model)
     # PEFT's wrapper answers get_base_model; Any, because torch types every attribute of a module as a module
     inner: Any = getattr(model, "get_base_model", lambda: model)()
-    config, rope = _config_parts(inner.config.to_dict())
-    sizes = inner.config.get_text_config()
+    _, rope = _config_parts(inner.config.to_dict())
     fields = {
         "weights": _weights_digest(model, base),
         "adapters": adapters,
         "architecture": type(inner).__name__,
-        "config": _hex(_text(config).encode()),
-        "layers": _size(sizes, "num_hidden_layers"),
-        "hidden_size": _size(sizes, "hidden_size"),
-        "heads": _size(sizes, "num_attention_heads"),
-        "vocab_size": _size(sizes, "vocab_size"),
+        **config_fields(inner.config),
         "rope": f"{_text(rope)} buffers {_rope_buffers(inner)}",
         "dtype": "+".join(sorted({_dtype(t) for t in base.values() if t.is_floating_point()})),
     }
@@ -104,9 +99,22 @@ def identity_of(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase | Non
     return ModelIdentity(
         digest=hashlib.blake2b(packed, digest_size=16).digest(),
         fields=MappingProxyType(fields),
-        tokenizer=_tokenizer_digest(tokenizer),
+        tokenizer=tokenizer_digest(tokenizer),
         chat_template=_template_digest(tokenizer),
     )
+
+
+def config_fields(config: Any) -> dict[str, str]:
+    """The fields of an identity that follow from a model's config alone, whether the model is loaded or not."""
+    parts, _ = _config_parts(config.to_dict())
+    sizes = config.get_text_config()
+    return {
+        "config": _hex(_text(parts).encode()),
+        "layers": _size(sizes, "num_hidden_layers"),
+        "hidden_size": _size(sizes, "hidden_size"),
+        "heads": _size(sizes, "num_attention_heads"),
+        "vocab_size": _size(sizes, "vocab_size"),
+    }
 
 
 def differences(stored: Mapping[str, str], live: Mapping[str, str]) -> list[tuple[str, str, str]]:
@@ -341,7 +349,7 @@ def _rope_buffers(model: torch.nn.Module) -> str:
 # --- tokenizer --------------------------------------------------------------------------------------
 
 
-def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase | None) -> str:
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase | None) -> str:
     """Digest of vocabulary, merges, added tokens, normaliser and what else turns text into ids."""
     if tokenizer is None:
         return "none"

@@ -17,10 +17,13 @@ from kvloom_store.database import Database, default_path
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
+    from kvloom.diff import Diff
     from kvloom.engine import TransformersEngine
+    from kvloom.known_model import KnownModel
     from kvloom.models import Progress
     from kvloom.prefetch import Prefetch
     from kvloom.resume import Resumer
+    from kvloom_store.search import Hits
     from kvloom_store.writer import Writer
 
 DEFAULT_CODEC = "auto"
@@ -62,6 +65,7 @@ class KVLoom:
         self._keyframe_spacing = keyframe_spacing
         self._progress = progress
         self._prefetch: Prefetch | None = None
+        self._known: dict[tuple[str, str], KnownModel] = {}
         self._closed = False
 
     @cached_property
@@ -90,6 +94,21 @@ class KVLoom:
     def has_model(self) -> bool:
         """Whether the store was opened with a model, loaded or not."""
         return self._model is not None
+
+    def known_model(self, settings: Mapping[str, Any]) -> KnownModel:
+        """The model, as far as it is known without its weights; of a store opened without one, a session's own.
+
+        Raises ModelNotFound, EngineError and its other kinds.
+        """
+        from kvloom import known_model
+
+        if self.has_engine:
+            return known_model.of_engine(self.engine)
+        name, dtype = (self._model, self._dtype) if self._model is not None else (settings["model"], settings["dtype"])
+        assert isinstance(name, str)  # else there is an engine
+        if (name, dtype) not in self._known:
+            self._known[name, dtype] = known_model.of_name(name, dtype)
+        return self._known[name, dtype]
 
     @cached_property
     def writer(self) -> Writer:
@@ -171,6 +190,38 @@ class KVLoom:
         """What a ref points at. Raises RefNotFound with the nearest names."""
         with self.database.read() as conn:
             return refs.resolve(conn, ref)
+
+    def diff(self, a: str, b: str) -> Diff:
+        """Where the paths to two refs part (``"trip@main"``, ``"trip:90"``, of one session or of two), and both sides.
+
+        Raises InvalidName, RefNotFound.
+        """
+        from kvloom import diff
+
+        return diff.between(self, names.parse_ref(a), names.parse_ref(b))
+
+    def search(
+        self,
+        text: str,
+        *,
+        session: str | None = None,
+        role: str | None = None,
+        limit: int = 20,
+        newest: bool = False,
+        raw: bool = False,
+        rebuild: bool = False,
+    ) -> Hits:
+        """Turns that hold all words of ``text``, those between quotation marks in this order; the best first, or the
+        newest.
+
+        ``raw`` takes it for FTS5's query syntax; ``rebuild`` builds the index anew before. Raises InvalidQuery,
+        RefNotFound, StoreUnavailable.
+        """
+        from kvloom_store import search
+
+        if rebuild:
+            search.rebuild(self.database)
+        return search.search(self.database, text, session=session, role=role, limit=limit, newest=newest, raw=raw)
 
     def remove(self, name: str) -> None:
         """Take a session away, with the state that no other one shares. Raises RefNotFound."""

@@ -13,12 +13,13 @@ import importlib.util
 import json
 import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from kvloom.convert import ModelSource, cache_root, convert, converted
+from kvloom.convert import ModelSource, cache_root, convert, converted, found
 from kvloom.errors import EngineError, ModelNotFound
 from kvloom.identity import Memo, folder_key, loaded_from
 from kvloom.quiet import Progress, explained, first_line, gc_paused, quiet, refuse_missing, silent
@@ -43,6 +44,8 @@ __all__ = [
 ]
 
 DType = Literal["auto", "float32", "bfloat16"]
+TokenIds = int | Sequence[int] | None
+"""How configs name tokens: one, several or none."""
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 # Control tokens that end a turn whatever a config says: a base model's names only the end of a text, and replies
@@ -221,7 +224,7 @@ def load(
                     message = f"device {device!r} cannot be used: {first_line(error)}"
                     raise EngineError(message, hint="use cpu, or install a torch for that device") from error
             if key is not None and key == folder_key(folder, chosen):  # no file changed while it was read
-                loaded_from(model, key, Memo(cache_root() / "identities.json"))
+                loaded_from(model, key, memo())
     return LoadedModel(model, tokenizer, source, folder, chosen)
 
 
@@ -229,11 +232,34 @@ def _end_at_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     """Have the tokens that end a turn end a reply, besides those the model's generation config names."""
     added = tokenizer.get_added_vocab()
     config: Any = model.generation_config
-    named = config.eos_token_id
+    config.eos_token_id = turn_ends(config.eos_token_id, added)
+
+
+def turn_ends(named: TokenIds, added: Mapping[str, int]) -> TokenIds:
+    """The tokens a generation config names to end at, with those of ``added`` ones that end a turn."""
     ends = [named] if isinstance(named, int) else list(named or ())
     ends += [added[text] for text in _TURN_ENDS if text in added and added[text] not in ends]
-    if len(ends) > 1:
-        config.eos_token_id = ends
+    return ends if len(ends) > 1 else named
+
+
+def eos_ids(*named: TokenIds) -> frozenset[int]:
+    """The tokens that end a reply: those of the generation config, of the config, and the tokenizer's own."""
+    return frozenset(one for each in named for one in ([each] if isinstance(each, int) else each or ()))
+
+
+def memo() -> Memo:
+    """Where the weights' digests of model folders are remembered."""
+    return Memo(cache_root() / "identities.json")
+
+
+def folder_here(source: ModelSource) -> Path | None:
+    """The folder of a model that is on this machine and ready to be read; nothing is converted or downloaded for it."""
+    if source.kind == "hub":
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(source.name, "config.json")
+        return Path(cached).parent if isinstance(cached, str) else None
+    return found(source) if source.kind == "gguf" else source.path
 
 
 def _in_packages(alias: Alias) -> tuple[Path, ...]:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from kvloom.append import Append
 from kvloom.branch import Branch, check_model
 from kvloom.commit import Commits
+from kvloom.passes import KEYFRAME_SPACING
 from kvloom.path import merged, path_to, tip_of
 from kvloom.report import Added, Cost
 from kvloom.steps import Given, cost_of, path_of, steps_of, stretches
-from kvloom_store import refs, trie
-from kvloom_store.foresee import foresee
+from kvloom_store import outlook, refs, trie
 
 if TYPE_CHECKING:
     from kvloom.engine import Progress
@@ -54,8 +54,9 @@ class PlannedBranch:
         loom.engine.check_ids(path_of(self._ids, self._steps))
         tip = self._tip if self._tip and self._steps[0].start >= self._tip.state_end else None
         with loom.database.read() as conn:
-            held = foresee(conn, loom.root, path_of(self._ids, stretches(self._steps)[0]), tip)
-        self.cost: Cost = cost_of(self._steps, held.held, held.replayed)
+            first = path_of(self._ids, stretches(self._steps)[0])
+            seen = outlook.of_tokens(conn, loom.root, first, tip, grid=KEYFRAME_SPACING, logits=False)
+        self.cost: Cost = cost_of(self._steps, seen.held, seen.replayed)
 
     @property
     def branch(self) -> Branch:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from kvloom.template import ChatTemplate
     from kvloom.tokens import Decoder
     from kvloom.warm import Missing
+    from kvloom.why import Why
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +211,38 @@ class Session:
         """Every turn, oldest first: parents come before their children."""
         with self._loom.database.read() as conn:
             return self._described(conn, turns.of_session(conn, self._row.row))
+
+    def why(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        at: str | None = None,
+        *,
+        chat_template: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        clock: str | None = None,
+    ) -> Why:
+        """What asking for a whole list of messages (OpenAI's form) would reuse, and why not more.
+
+        They are rendered and tokenised from the first one on, as a client does that keeps messages and no tokens, and
+        compared with the session's turns; of paths that agree equally far, with the one to ``at`` (None: main).
+        Template (Jinja text), options and clock (ISO time) are the session's own unless given. The model's weights
+        are not loaded.
+
+        Raises:
+            InvalidText: no messages, or some that are not text.
+            RefNotFound, SessionError
+            ModelNotFound: the model, whose tokenizer is needed, is not here.
+        """
+        from kvloom import foresee
+
+        return foresee.of_messages(
+            self,
+            messages,
+            self.ref(at),
+            chat_template=chat_template,
+            template_options=template_options,
+            clock=clock,
+        )
 
     def log(self, at: str | None = None) -> list[TreeTurn]:
         """The turns from the first one down to a ref; the last one ends at its token, if it names one.

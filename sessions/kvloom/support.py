@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from kvloom.errors import UnsupportedInput, UnsupportedModel
 from kvloom.layers import dtype_name, is_cache, row_tensors, states_of
@@ -120,15 +120,6 @@ def takes(model: PreTrainedModel, parameter: str) -> bool:
 def cpu_capability() -> str:
     """The instruction set torch's CPU kernels use."""
     return torch.backends.cpu.get_cpu_capability()
-
-
-def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that end a reply: those of the generation config, and the tokenizer's own."""
-    found: set[int] = set()
-    generation = getattr(model, "generation_config", None)
-    for value in (getattr(generation, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id):
-        found.update([value] if isinstance(value, int) else value or [])
-    return frozenset(found)
 
 
 def device_name(device: torch.device) -> str:

@@ -215,7 +215,7 @@ def extend(
 
     keep, start = _aligned(tokenizer, full, seen, parent, reply_start if replied else None, marker)
     ids = (*parent[:keep], *encode(tokenizer, full[start:], marker, parent[keep - 1] if keep else None))
-    kept = _common(ids, parent)
+    kept = common(ids, parent)
     return Prompt(ids, kept, kept < len(parent))
 
 
@@ -238,7 +238,7 @@ def reply_ids(
     messages = [*history, {"role": "assistant", "content": marker + text + marker}, {"role": "user", "content": "."}]
     seen = template.render(tokenizer, history, add_generation_prompt=True)
     full = template.render(tokenizer, messages, add_generation_prompt=False)
-    same = _common(full, seen)
+    same = common(full, seen)
     parts = full[same:].split(marker)
     lead, _, rest = parts if len(parts) == 3 else ("", "", full[same:])  # some templates take a text apart
     # What stands before the text belongs to it ("<|channel|>final<|message|>", or a space after "[/INST]"), unless it
@@ -293,7 +293,7 @@ def _aligned(
     ``parent`` was made from, and kept up to the last control token they share: control tokens are the one
     thing that text and ids have in common whatever was sampled between them.
     """
-    same = _common(full, seen)
+    same = common(full, seen)
     if reply_start is not None and seen and same == len(seen):
         return reply_start, same
     added = added_tokens(tokenizer)
@@ -307,7 +307,7 @@ def _aligned(
     return keep, start
 
 
-def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
+def common(a: Sequence[Any], b: Sequence[Any]) -> int:
     """How many leading items two sequences share."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 

@@ -103,18 +103,9 @@ def tokenizer_for(model: str, digest: str) -> TextTokenizer | None:
 
 
 def _file(model: str) -> Path | None:
-    from kvloom import convert
-    from kvloom.models import resolve
+    from kvloom.models import folder_here, resolve
 
-    source = resolve(model)
-    if source.kind == "hub":
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(model, TOKENIZER)
-        return Path(cached) if isinstance(cached, str) else None
-    if source.path is None:
-        return None
-    folder = convert.found(source) if source.kind == "gguf" else source.path
+    folder = folder_here(resolve(model))
     return folder / TOKENIZER if folder is not None else None
 
 

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from kvloom.passes import KEYFRAME_SPACING
 from kvloom.path import merged, path_to
 from kvloom.report import Added, Cost, Tokens
 from kvloom.steps import Given, Step, cost_of, path_of, steps_of, stretches
-from kvloom_store import refs, trie, turns
-from kvloom_store.foresee import foresee
+from kvloom_store import outlook, refs, trie, turns
 from kvloom_store.turns import Turn, TurnState
 
 if TYPE_CHECKING:
@@ -154,8 +154,9 @@ def _is_whole(turn: Turn, states: Mapping[int, TurnState]) -> bool:
 
 def _missing(conn: sa.Connection, root: int, cold: _Cold, verify: bool) -> Missing:
     first = stretches(cold.known)[:1]
-    held = foresee(conn, root, path_of(cold.ids, first[0]) if first else cold.ids, cold.tip, verify=verify)
-    return Missing(cost_of(cold.known, held.held, held.replayed), len(cold.pending) - len(cold.known))
+    ids = path_of(cold.ids, first[0]) if first else cold.ids
+    seen = outlook.of_tokens(conn, root, ids, cold.tip, grid=KEYFRAME_SPACING, logits=False, verify=verify)
+    return Missing(cost_of(cold.known, seen.held, seen.replayed), len(cold.pending) - len(cold.known))
 
 
 def _steps(session: Session, cold: _Cold) -> list[Step]:

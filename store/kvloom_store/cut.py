@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from kvloom_proto.records import Schedule
 from kvloom_proto.scores import pack_scores, read_scores
-from kvloom_store import trie, turns
+from kvloom_store import fulltext, trie, turns
 from kvloom_store.schema import branch, tag, turn, turn_state
 from kvloom_store.turns import Turn, TurnState
 
@@ -95,6 +95,8 @@ def discard(conn: sa.Connection, row: int) -> None:
             turn_state.c.base_state.in_(sa.select(turn_state.c.id).where(turn_state.c.turn == row))
         ),
     ]
-    if is_cut(turns.get(conn, row)) and all(conn.execute(query.limit(1)).first() is None for query in uses):
+    found = turns.get(conn, row)
+    if is_cut(found) and all(conn.execute(query.limit(1)).first() is None for query in uses):
+        fulltext.remove(conn, {row: found.text})
         conn.execute(turn_state.delete().where(turn_state.c.turn == row))
         conn.execute(turn.delete().where(turn.c.id == row))

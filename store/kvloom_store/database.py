@@ -19,7 +19,7 @@ import msgpack
 import platformdirs
 import sqlalchemy as sa
 
-from kvloom_store import checksum, schema, sqlite
+from kvloom_store import checksum, fulltext, schema, sqlite
 from kvloom_store.errors import SchemaTooNew, StoreLocked, StoreUnavailable
 
 BUSY_MS = 30_000
@@ -84,6 +84,7 @@ class Database:
     @staticmethod
     def _create(conn: sa.Connection) -> None:
         schema.metadata.create_all(conn)
+        fulltext.create(conn)
         for table in schema.metadata.tables.values():
             if "id" in table.columns:
                 checksum.insert(conn, schema.sequence, {"name": table.name, "next": 1})

@@ -89,5 +89,18 @@ class RefConflict(StoreError):
         self.actual = actual
 
 
+class InvalidQuery(StoreError):
+    """A search for no word at all, or in a syntax that is not FTS5's."""
+
+    def __init__(self, query: str, reason: str) -> None:
+        shown = query if len(query) <= 80 else f"{query[:80]}..."
+        super().__init__(
+            f"cannot search for {shown!r}: {reason}",
+            hint='give some words, "a phrase" in quotation marks, or with --raw what SQLite\'s FTS5 understands',
+        )
+        self.query = query
+        self.reason = reason
+
+
 class InvalidName(StoreError):
     """A name or ref that cannot be read."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvloom_store.errors import InvalidName
 
@@ -35,6 +35,13 @@ class Ref:
     point: str | None
     back: int
     token: int | None = None
+
+    @property
+    def at(self) -> str | None:
+        """What stands behind the session, the branch main named; None if nothing does."""
+        if self.point is None and not self.back and self.token is None:
+            return None
+        return str(replace(self, point=self.point or MAIN)).removeprefix(f"{self.session}@")
 
     def __str__(self) -> str:
         point = f"@{self.point}" if self.point else ""

@@ -99,6 +99,11 @@ def get_session(conn: sa.Connection, name: str) -> SessionRow:
     return found
 
 
+def session_of(conn: sa.Connection, row: int) -> SessionRow:
+    """The session in a row."""
+    return _session(checked(session, conn.execute(sa.select(session).where(session.c.id == row)).one()))
+
+
 def rename_session(conn: sa.Connection, old: str, new: str) -> SessionRow:
     """Give a session another name. Raises RefNotFound, RefExists, InvalidName."""
     check_name("session", new)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-from kvloom_store import explorations, segments
+from kvloom_store import explorations, fulltext, segments, turns
 from kvloom_store.checksum import checked, update
+from kvloom_store.errors import CorruptRow
 from kvloom_store.schema import branch, node, segment, session, tag, turn, turn_state
 
 BATCH = 500
@@ -28,6 +29,7 @@ def remove_session(conn: sa.Connection, session_row: int) -> None:
     for row in conn.execute(outside).scalars().all():
         _detach(conn, row)
     explorations.remove_all(conn, session_row)
+    _remove_text(conn, session_row)
     for table in (branch, tag):
         conn.execute(table.delete().where(table.c.session == session_row))
     # Children before parents: foreign keys are checked row by row.
@@ -38,6 +40,15 @@ def remove_session(conn: sa.Connection, session_row: int) -> None:
     conn.execute(session.delete().where(session.c.id == session_row))
     nodes |= _remove_segments(conn, held)
     _remove_nodes(conn, nodes)
+
+
+def _remove_text(conn: sa.Connection, session_row: int) -> None:
+    try:
+        rows = conn.execute(sa.select(turn.c.id).where(turn.c.session == session_row)).scalars().all()
+        texts = {row: turns.get(conn, row).text for row in rows}
+    except CorruptRow:  # a turn that cannot be read cannot be taken out of the index
+        return fulltext.drop(conn)
+    return fulltext.remove(conn, texts)
 
 
 def _detach(conn: sa.Connection, row: int) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from kvloom_store import turns
+from kvloom_store import trie, turns
 from kvloom_store.turns import Turn, TurnState
 
 
@@ -43,6 +43,11 @@ def of_path(conn: sa.Connection, path: Sequence[Turn]) -> list[Span]:
         if state.start < end:
             found.append(Span(turn, state, state.start, end))
     return found[::-1]
+
+
+def tokens_of(conn: sa.Connection, found: Sequence[Span]) -> list[int]:
+    """All token ids of the path that spans are of."""
+    return trie.tokens_to(conn, found[-1].state.position.node, found[-1].state.position.offset) if found else []
 
 
 def containing(spans: Sequence[Span], token: int) -> Span:

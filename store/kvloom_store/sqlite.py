@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,15 @@ def mark(conn: sa.Connection, version: int) -> None:
     """Stamp the file as a kvloom store of this schema version."""
     conn.exec_driver_sql(f"PRAGMA application_id={APPLICATION_ID}")
     conn.exec_driver_sql(f"PRAGMA user_version={version:d}")
+
+
+def forget_table(conn: sa.Connection, name: str, behind: Sequence[str]) -> None:
+    """Take a virtual table away that is too damaged for DROP TABLE, with the tables ``behind`` it."""
+    conn.exec_driver_sql("PRAGMA writable_schema=ON")
+    conn.exec_driver_sql("DELETE FROM sqlite_master WHERE type = 'table' AND name = ?", (name,))
+    conn.exec_driver_sql("PRAGMA writable_schema=RESET")
+    for table in behind:
+        conn.exec_driver_sql(f"DROP TABLE IF EXISTS {table}")
 
 
 def checkpoint(engine: sa.Engine) -> None:

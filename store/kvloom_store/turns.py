@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from kvloom_proto import limits
 from kvloom_proto.errors import FormatError, LimitExceeded
 from kvloom_proto.records import Schedule, pack, read_schedule
+from kvloom_store import fulltext
 from kvloom_store.checksum import checked, insert, unpacked, update
 from kvloom_store.database import allocate, now_us
 from kvloom_store.errors import CorruptRow
@@ -119,7 +120,9 @@ def add_turn(
         "created": now_us(),
     }
     insert(conn, turn, values)
-    return _turn(values)
+    made = _turn(values)
+    fulltext.add(conn, made.row, made.text)
+    return made
 
 
 def _turn(values: Mapping[str, Any]) -> Turn:
@@ -251,6 +254,12 @@ def states_of(conn: sa.Connection, turn_rows: Sequence[int]) -> list[TurnState]:
     return [_state(checked(turn_state, row)) for row in conn.execute(query)]
 
 
+def states_of_session(conn: sa.Connection, session: int) -> list[TurnState]:
+    """Every state of a session's turns, oldest first."""
+    query = sa.select(turn_state).join(turn, turn.c.id == turn_state.c.turn).where(turn.c.session == session)
+    return [_state(checked(turn_state, row)) for row in conn.execute(query.order_by(turn_state.c.id))]
+
+
 def token_counts(conn: sa.Connection, session: int) -> list[tuple[int, int, int]]:
     """(turn, start, end) of each turn state of a session, oldest first, without reading their tokens."""
     query = (
@@ -293,11 +302,11 @@ def best_state(states: Sequence[TurnState], root: int) -> TurnState | None:
     return min((each for each in states if each.root == root), key=worse, default=None)
 
 
-def base_of(conn: sa.Connection, state_above: TurnState) -> TurnState | None:
+def base_of(conn: sa.Connection, above: TurnState) -> TurnState | None:
     """The turn state that one was computed on, which knows how to compute that again; None if no turn is left of it."""
-    if state_above.base_state is not None:
-        return state(conn, state_above.base_state)
-    base = state_above.base_segment
+    if above.base_state is not None:
+        return state(conn, above.base_state)
+    base = above.base_segment
     owners = states_with_segments(conn, [base]) if base is not None else []
     return owners[0] if owners else None
 

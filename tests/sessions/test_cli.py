@@ -411,6 +411,8 @@ class TestStartingFast:
             (["tree", "trip"], ["prompt_toolkit"]),
             (["show", "trip@main~2"], ["prompt_toolkit"]),
             (["show", "trip", "--scores"], ["prompt_toolkit"]),
+            (["diff", "trip@main~2", "trip"], ["prompt_toolkit"]),
+            (["search", "hello"], ["prompt_toolkit"]),
             (["config"], ["sqlalchemy"]),
         ],
     )

@@ -13,8 +13,9 @@ from command import Command, fails
 from tiny import tiny_model, tiny_tokenizer
 
 import kvloom
-from kvloom.cost import Prices, Speed, hosted
+from kvloom.cost import Prices, hosted
 from kvloom_store import turns
+from kvloom_store.rates import Speed
 
 
 @pytest.fixture

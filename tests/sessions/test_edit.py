@@ -14,7 +14,8 @@ from tiny import FULL_ATTENTION, tiny_model, tiny_tokenizer
 import kvloom
 from kvloom.branch import merged
 from kvloom.errors import ContextOverflow, InvalidText, ModelMismatch, NothingToDo, RefExists, RefNotFound
-from kvloom_store import foresee, trie
+from kvloom.passes import KEYFRAME_SPACING
+from kvloom_store import outlook, trie
 
 WORDS = "the and of to in is that it was for with his her had you not be as at on have him she which but said"
 
@@ -288,12 +289,14 @@ def test_what_is_foreseen_of_damaged_state_is_known_after_reading_it(loom: kvloo
     tip = states[path[-1].row]
     with loom.database.read() as conn:
         ids = trie.tokens_to(conn, tip.position.node, tip.position.offset)
-        assert foresee.foresee(conn, loom.root, ids, tip, verify=True) == foresee.Foreseen(tip.state_end, 0)
+        seen = outlook.of_tokens(conn, loom.root, ids, tip, grid=KEYFRAME_SPACING, logits=False, verify=True)
+        assert (seen.held, seen.replayed) == (tip.state_end, 0)
     from kvloom_store.schema import chunk
 
     with loom.database.write() as conn:
         conn.execute(chunk.update().where(chunk.c.segment == tip.segment).values(blob=b"x"))
     with loom.database.read() as conn:
         lost = tip.state_end - tip.state_start
-        assert foresee.foresee(conn, loom.root, ids, tip).replayed == 0
-        assert foresee.foresee(conn, loom.root, ids, tip, verify=True) == foresee.Foreseen(tip.state_end, lost)
+        assert outlook.of_tokens(conn, loom.root, ids, tip, grid=KEYFRAME_SPACING, logits=False).replayed == 0
+        seen = outlook.of_tokens(conn, loom.root, ids, tip, grid=KEYFRAME_SPACING, logits=False, verify=True)
+        assert (seen.held, seen.replayed) == (tip.state_end, lost)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -93,12 +93,10 @@ def reading(options: Options) -> Iterator[KVLoom]:
 
 def parse(text: str) -> tuple[Ref, str | None]:
     """A ref, and its part after the session as ``Session.log`` and ``checkout`` take it."""
-    from kvloom_store.names import MAIN, parse_ref
+    from kvloom_store.names import parse_ref
 
     ref = parse_ref(text)
-    if ref.point is None and not ref.back and ref.token is None:
-        return ref, None
-    return ref, str(replace(ref, point=ref.point or MAIN)).removeprefix(f"{ref.session}@")
+    return ref, ref.at
 
 
 def short_ids(conn: sa.Connection, session_row: int) -> Callable[[str | None], str]:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kvloom.cli.common import Options, parse, reading, ref_argument, shared
-from kvloom.cli.show import print_facts
-from kvloom.cli.terminal import print_json, seconds
+from kvloom.cli.terminal import print_facts, print_json, seconds
 
 if TYPE_CHECKING:
     from kvloom.cost import SessionCost

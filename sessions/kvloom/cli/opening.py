@@ -81,7 +81,7 @@ def talking(
     gc.enable()
     ref, at = parse(text)
     known = _settings_of(options, ref, create=create)
-    source = _template(chat_template)
+    source = template_of(chat_template)
     warn_of_network_drive(options.path)
     bars = Bars()
     loom = _open(options, known, model, dtype, bars, must_exist=not create)
@@ -102,7 +102,7 @@ def talking(
         _load(loom, bars)
         talk = Talk(loom, session, branch, bars, note)
         if known is None:
-            default = branch.session_template().is_default
+            default = branch.session.template().is_default
             talk.template = "file" if source is not None else "default" if default else "model"
         if talk.template == "default" and not options.json:
             dim(PLAIN)
@@ -149,7 +149,7 @@ def _load(loom: KVLoom, bars: Bars) -> None:
     bars.stop()
 
 
-def _template(file: str | None) -> str | None:
+def template_of(file: str | None) -> str | None:
     """The chat template in a file, checked. Raises SessionError and its kinds."""
     if file is None:
         return None
@@ -199,7 +199,7 @@ def _open(
     own = settings.get("dtype")
     if own and dtype not in (None, "auto", own):
         raise ModelMismatch("dtype", own, str(dtype))
-    name = _absolute(model or settings.get("model") or chosen.model)
+    name = absolute(model or settings.get("model") or chosen.model)
     resolve(name)  # before a store is made: a model that is not there should leave nothing behind
     return KVLoom(
         options.path,
@@ -212,7 +212,7 @@ def _open(
     )
 
 
-def _absolute(name: str) -> str:
+def absolute(name: str) -> str:
     """A model that is a path, as one that is found from every folder: a session remembers it."""
     from kvloom.models import ALIASES
 

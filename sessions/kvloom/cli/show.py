@@ -16,6 +16,7 @@ from kvloom.cli.terminal import (
     iso_time,
     local_time,
     preview,
+    print_facts,
     print_json,
     seconds,
     styled_role,
@@ -335,10 +336,3 @@ def _timings(values: dict[str, Any]) -> str:
     named = {"first_token": "first token", "restore": "restore", "total": "total"}
     shown = {key: value for key, value in values.items() if isinstance(value, float)}
     return ", ".join(f"{named.get(key, key)} {seconds(value)}" for key, value in shown.items())
-
-
-def print_facts(facts: list[tuple[str, object]]) -> None:
-    """Names and what is to be said of each, for people; what is empty is left out."""
-    for name, value in facts:
-        if value:
-            click.echo(f"{click.style(f'{name:<12}', dim=True)}{clean(str(value))}")

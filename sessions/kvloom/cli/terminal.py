@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -39,6 +40,13 @@ def print_json(value: Any) -> None:
     """The one object ``--json`` puts on stdout."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     click.echo(_UNSAFE_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
+
+
+def print_facts(facts: Sequence[tuple[str, object]]) -> None:
+    """Names and what they are, one a line; those that are nothing are left out."""
+    for name, value in facts:
+        if value:
+            click.echo(f"{click.style(f'{name:<11} ', dim=True)}{clean(str(value))}")
 
 
 def dim(text: str) -> None:

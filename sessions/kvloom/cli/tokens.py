@@ -67,15 +67,12 @@ def no_tokenizer(settings: Mapping[str, Any]) -> str:
 
 def path_of(conn: sa.Connection, ref: Ref) -> tuple[list[Span], list[int], int]:
     """The turns and the tokens of the path a ref's token is on, and where on it the point is."""
-    from kvloom_store import refs, spans, trie, turns
+    from kvloom_store import refs, spans, turns
 
     refs.resolve(conn, ref)
     whole = refs.resolve(conn, replace(ref, token=None))
     found = spans.of_path(conn, turns.path_to(conn, whole.turn))
-    if not found:
-        return [], [], 0
-    position = found[-1].state.position
-    ids = trie.tokens_to(conn, position.node, position.offset)
+    ids = spans.tokens_of(conn, found)
     return found, ids, len(ids) if ref.token is None else ref.token
 
 

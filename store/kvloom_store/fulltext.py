@@ -1,0 +1,181 @@
+"""The full-text index over what turns say: SQLite's FTS5. Besides ``sqlite``, the only SQL that is SQLite's alone.
+
+It is derived data, and holds no text: only which words stand in which turn. What is shown comes from the turns' own
+rows, which are checked when they are read, and is matched a second time in memory, where matches are marked; so a
+damaged index can hide a turn, and never make one up. It is made when a store is, filled in the transaction that adds a
+turn, and built again from the turns wherever it is missing.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from sqlalchemy.exc import DatabaseError, DBAPIError, OperationalError
+
+from kvloom_store import sqlite
+from kvloom_store.errors import InvalidQuery
+
+TABLE = "turn_text"
+
+SNIPPET_WORDS = 24
+"""Words of a turn shown around a match."""
+
+_WORDS = "tokenize = 'unicode61 remove_diacritics 2'"
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+"""Noncharacters that mark a match on its way out of SQLite; in texts they are taken for spaces."""
+_UNMARKED = str.maketrans({_OPEN: " ", _CLOSE: " ", "\0": " "})
+
+
+@dataclass(frozen=True, slots=True)
+class Snippet:
+    """A part of a text, and which of its characters [start, end) match."""
+
+    text: str
+    marks: tuple[tuple[int, int], ...]
+
+
+def create(conn: sa.Connection) -> None:
+    """Make the index of a store, empty (inside a write transaction); nothing where SQLite was built without FTS5."""
+    if conn.exec_driver_sql("SELECT 1 FROM pragma_module_list WHERE name = 'fts5'").first():
+        conn.exec_driver_sql(f"CREATE VIRTUAL TABLE {TABLE} USING fts5(text, content = '', {_WORDS})")
+
+
+def exists(conn: sa.Connection) -> bool:
+    """Whether the store has its index."""
+    return conn.exec_driver_sql("SELECT 1 FROM sqlite_master WHERE name = ?", (TABLE,)).first() is not None
+
+
+def add(conn: sa.Connection, row: int, text: str) -> None:
+    """Index a turn that is being added; where there is no index, it will be built with the turn in it."""
+    with _kept_or_dropped(conn) as there:
+        if there:
+            _insert(conn, row, text)
+
+
+def remove(conn: sa.Connection, texts: Mapping[int, str]) -> None:
+    """Take turns out of the index; these must be the texts they were added with."""
+    with _kept_or_dropped(conn) as there:
+        for row, text in texts.items() if there else ():
+            sql = f"INSERT INTO {TABLE}({TABLE}, rowid, text) VALUES ('delete', ?, ?)"
+            conn.exec_driver_sql(sql, (row, _clean(text)))
+
+
+def drop(conn: sa.Connection) -> None:
+    """Take the index away; it is built again when something is searched."""
+    conn.exec_driver_sql("SAVEPOINT dropping")
+    try:
+        conn.exec_driver_sql(f"DROP TABLE IF EXISTS {TABLE}")
+    except DatabaseError as error:
+        if not is_damage(error):
+            raise
+        conn.exec_driver_sql("ROLLBACK TO dropping")
+        sqlite.forget_table(conn, TABLE, [f"{TABLE}_{part}" for part in ("data", "idx", "docsize", "config")])
+    conn.exec_driver_sql("RELEASE dropping")
+
+
+def build(conn: sa.Connection, texts: Iterable[tuple[int, str]]) -> None:
+    """Make the index anew of these turns (inside a write transaction)."""
+    drop(conn)
+    create(conn)
+    for row, text in texts if exists(conn) else ():
+        _insert(conn, row, text)
+
+
+def _insert(conn: sa.Connection, row: int, text: str) -> None:
+    conn.exec_driver_sql(f"INSERT INTO {TABLE}(rowid, text) VALUES (?, ?)", (row, _clean(text)))
+
+
+@contextmanager
+def _kept_or_dropped(conn: sa.Connection) -> Iterator[bool]:
+    """Change the index, if there is one. A damaged one is dropped: what it is derived from must not suffer from it."""
+    if not exists(conn):
+        yield False
+        return
+    conn.exec_driver_sql("SAVEPOINT before")
+    conn.exec_driver_sql("SAVEPOINT indexing")
+    try:
+        yield True
+        conn.exec_driver_sql("RELEASE indexing")  # here FTS5 writes and may meet damage; then this one is gone
+    except DatabaseError as error:
+        if not is_damage(error):
+            raise
+        conn.exec_driver_sql("ROLLBACK TO before")
+        drop(conn)
+    conn.exec_driver_sql("RELEASE before")
+
+
+def is_damage(error: DatabaseError) -> bool:
+    """Whether SQLite found the index to be other than it was written, by what FTS5 then stumbles over."""
+    text = str(error.orig).lower()
+    return not isinstance(error, OperationalError) or "fts5" in text or "vtable" in text
+
+
+def matching(
+    conn: sa.Connection, query: str, *, session: int | None, role: str | None, newest: bool, limit: int
+) -> list[int]:
+    """The turns that match, at most so many: the best first (BM25), or the newest."""
+    order = "turn.id DESC" if newest else f"{TABLE}.rank, turn.id DESC"
+    sql = (
+        f"SELECT turn.id FROM {TABLE} JOIN turn ON turn.id = {TABLE}.rowid WHERE {TABLE} MATCH :query"
+        " AND (:session IS NULL OR turn.session = :session) AND (:role IS NULL OR turn.role = :role)"
+        f" ORDER BY {order} LIMIT :limit"
+    )
+    values = {"query": query, "session": session, "role": role, "limit": limit}
+    return list(conn.execute(sa.text(sql), values).scalars())
+
+
+def marked(texts: Mapping[int, str], query: str) -> dict[int, Snippet]:
+    """Of some texts those that match, with the part around the best match; the best text first.
+
+    Raises:
+        InvalidQuery: the query is not one.
+    """
+    engine = sa.create_engine("sqlite://")
+    try:
+        with engine.begin() as conn:
+            conn.exec_driver_sql(f"CREATE VIRTUAL TABLE {TABLE} USING fts5(text, {_WORDS})")
+            for row, text in texts.items():
+                _insert(conn, row, text)
+            sql = f"SELECT rowid, snippet({TABLE}, 0, ?, ?, '…', {SNIPPET_WORDS}) FROM {TABLE} WHERE {TABLE} MATCH ?"
+            found = conn.exec_driver_sql(f"{sql} ORDER BY rank, rowid DESC", (_OPEN, _CLOSE, query)).all()
+    except DBAPIError as error:
+        raise InvalidQuery(query, str(error.orig)) from error
+    finally:
+        engine.dispose()
+    return {row: _snippet(text) for row, text in found}
+
+
+def _snippet(text: str) -> Snippet:
+    parts = text.replace(_CLOSE, _OPEN).split(_OPEN)  # every other part is a match
+    marks, at = [], 0
+    for number, part in enumerate(parts):
+        if number % 2:
+            marks.append((at, at + len(part)))
+        at += len(part)
+    return Snippet("".join(parts), tuple(marks))
+
+
+def _clean(text: str) -> str:
+    return text.translate(_UNMARKED)
+
+
+def words(text: str) -> str:
+    """The query for what a person typed: all of its words, and as one what stands between two quotation marks.
+
+    Whatever is typed is a word and never syntax; "" where nothing in it is a letter or a digit.
+    """
+    parts = text.translate(_UNMARKED).split('"')
+    phrases = parts[1::2] if len(parts) % 2 else []
+    others = parts[::2] if len(parts) % 2 else parts
+    found = [*phrases, *(word for part in others for word in part.split())]
+    return " ".join(f'"{word}"' for word in found if any(_is_letter(character) for character in word))
+
+
+def _is_letter(character: str) -> bool:
+    """Whether FTS5 takes a character for a part of a word."""
+    kind = unicodedata.category(character)
+    return kind[0] in "LN" or kind == "Co"
