@@ -18,6 +18,7 @@ from kvloom_store.writer import Handle
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
+    import torch
 
     from kvloom.live import LiveState
     from kvloom.loom import KVLoom
@@ -25,10 +26,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Where the state of a turn that adds none of its own is found: up to position ``end`` of other state."""
+    """Where the state of a turn that adds none of its own is found: up to position ``end`` of other state, where the
+    final hidden state is ``hidden``, if that is known."""
 
     handle: Handle
     end: int
+    hidden: torch.Tensor | None = None
 
 
 class Commits:
@@ -69,7 +72,7 @@ class Commits:
         else:
             if stands is None and tip is not None:
                 stands = Standing(Handle(tip.segment, tip.row), tip.state_end)
-            base, hidden = stands.handle if stands else None, None
+            base, hidden = (stands.handle, stands.hidden) if stands else (None, None)
             state_start = state_end = stands.end if stands else 0
         schedule = schedule_of(passes)
         with loom.database.write() as conn:

@@ -132,9 +132,11 @@ def check_free(conn: sa.Connection, session_row: int, name: str) -> None:
         raise RefExists("branch or tag", name)
 
 
-def free_name(conn: sa.Connection, session_row: int, name: str) -> str:
-    """``name-2``, ``name-3`` ...: the first that is neither a branch nor a tag."""
+def free_name(conn: sa.Connection, session_row: int, name: str, *, itself: bool = False) -> str:
+    """``name-2``, ``name-3`` ...: the first that is neither a branch nor a tag; ``itself``: ``name`` before those."""
     taken = {b.name for b in branches(conn, session_row)} | set(tags(conn, session_row))
+    if itself and name not in taken:
+        return name
     return next(f"{name}-{n}" for n in itertools.count(2) if f"{name}-{n}" not in taken)
 
 
