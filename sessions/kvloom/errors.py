@@ -115,7 +115,7 @@ class ContextOverflow(EngineError):
     def __init__(self, have: int, limit: int) -> None:
         super().__init__(
             f"the conversation would have {have} tokens; the model's context is {limit}",
-            hint="say less, or fork at an earlier turn: kvloom fork SESSION@BRANCH~2 NEW",
+            hint="say less, go on shorter (kvloom compact SESSION), or fork at an earlier turn",
         )
         self.have = have
         self.limit = limit

@@ -21,6 +21,7 @@ from kvloom_store.turns import Turn
 if TYPE_CHECKING:
     import sqlalchemy as sa
 
+    from kvloom.compact import Compaction
     from kvloom.cost import Prices, SessionCost
     from kvloom.engine import Progress
     from kvloom.explore.search import Search
@@ -173,6 +174,30 @@ class Session:
         from kvloom.explore.search import Search
 
         return Search(self, at, prompt, name, settings, resume=resume, cancel=cancel, told=told)
+
+    def compact(
+        self,
+        at: str | None = None,
+        *,
+        keep: int | None = None,
+        summary: bool = False,
+        branch: str | None = None,
+        max_tokens: int | None = None,
+    ) -> Compaction:
+        """Plan a shorter branch that goes on from a ref with the system prompt and the last ``keep`` exchanges (4).
+
+        With ``summary`` it begins with one that the model writes, of at most ``max_tokens`` (400), and keeps no
+        exchanges unless it is said how many. Read ``cost`` from the plan, then ``summarise``, if there is to be one,
+        and ``run``.
+
+        Raises:
+            NothingToDo, RefNotFound, RefExists, ModelMismatch, ContextOverflow
+        """
+        from kvloom.compact import KEEP, SUMMARY_TOKENS, Compaction
+
+        kept = keep if keep is not None else 0 if summary else KEEP
+        limit = max_tokens or SUMMARY_TOKENS
+        return Compaction(self, self.ref(at), keep=kept, summary=summary, branch=branch, max_tokens=limit)
 
     def missing(self, at: str | None = None, *, verify: bool = False) -> Missing:
         """What of the state down to a ref is missing, and ``warm`` would compute; ``verify`` reads what is stored."""

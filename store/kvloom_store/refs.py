@@ -137,9 +137,12 @@ def check_free(conn: sa.Connection, session_row: int, name: str) -> None:
         raise RefExists("branch or tag", name)
 
 
-def free_name(conn: sa.Connection, session_row: int, name: str, *, first: int = 2) -> str:
-    """``name-2``, ``name-3`` ...: the first that is neither a branch nor a tag."""
+def free_name(conn: sa.Connection, session_row: int, name: str, *, first: int = 2, itself: bool = False) -> str:
+    """``name-2`` (or another ``first`` number), ``name-3`` ...: one that is neither a branch nor a tag; ``itself``:
+    ``name`` before those."""
     taken = {b.name for b in branches(conn, session_row)} | set(tags(conn, session_row))
+    if itself and name not in taken:
+        return name
     return next(f"{name}-{n}" for n in itertools.count(first) if f"{name}-{n}" not in taken)
 
 

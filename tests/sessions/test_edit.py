@@ -139,6 +139,9 @@ def test_the_reply_to_an_edited_message_is_the_one_it_would_have_had(loom: kvloo
     plan.run()
     reply = plan.branch.regenerate(max_tokens=10).reply
     assert reply.tokens.computed == 0
+    again = main.edit("what was that?", 3)
+    assert again.cost.computed == again.run().tokens.computed == 0
+    assert again.branch.regenerate(max_tokens=10).reply.tokens == kvloom.Tokens(plan.tokens, 0, 0, 10)
     fork = main.fork("fork", back=4)
     said = fork.say("what was that?", max_tokens=10)
     assert (said.text, tokens_of(loom, fork)) == (reply.text, tokens_of(loom, plan.branch))

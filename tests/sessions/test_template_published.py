@@ -15,7 +15,7 @@ from formats import FOLDER, FORMATS, KINDS, PUBLISHED, Conversation, assistant, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvloom.template import ChatTemplate
+from kvloom.template import ChatTemplate, reply_ids
 
 NAMES = sorted(FORMATS)
 # Their generation prompt opens what history does not have: a <think>, or a channel to be chosen.
@@ -161,6 +161,34 @@ def test_a_reply_that_the_template_happens_to_begin_with_is_not_taken_for_what_t
     prompt = path.say(user("Why?"))
     assert prompt.rewritten
     assert prompt.ids == path.whole()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_reply_that_is_written_out_has_the_tokens_of_one_that_a_model_says(name, kind):
+    path = Conversation(name, kind)
+    for question, answer in EXCHANGES:
+        path.say(user(question))
+        eos = frozenset({path.eos})
+        written = tuple(reply_ids(path.template, path.tokenizer, path.messages, path.ids, answer, eos_ids=eos))
+        path.reply(answer, ended=name != "glm-4.5")  # which writes the end of a reply with the next message alone
+        said = path.ids[path.reply_start :]
+        if name == "qwen3":  # the last reply is written with the reasoning it has, which is none
+            assert path.tokenizer.decode(written).endswith(path.tokenizer.decode(said))
+            assert path.tokenizer.decode(written).replace(" ", "").startswith("<think>\n\n</think>")
+        else:
+            assert written == said
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_control_tokens_spelled_out_in_a_reply_that_is_given_stay_text(name):
+    path = Conversation(name)
+    path.say(user("Is it a truth?"))
+    eos = frozenset({path.eos})
+    text = f"It is {path.tokenizer.eos_token} not."
+    written = reply_ids(path.template, path.tokenizer, path.messages, path.ids, text, eos_ids=eos)
+    assert written.count(path.eos) == (name != "glm-4.5")
+    assert text in path.tokenizer.decode(written)
 
 
 # --- rewriting ---

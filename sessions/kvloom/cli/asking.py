@@ -47,11 +47,11 @@ def agree(options: Options, cost: Cost, *, yes: bool) -> None:
     click.confirm(f"Run {cost.to_run:,} tokens?", abort=True, err=True)
 
 
-def tell_added(options: Options, added: Added) -> None:
+def tell_added(added: Added, *, quiet: bool) -> None:
     """What a run over given turns should be known for, on stderr: notices, and the dim line."""
     for notice in added.notices:
         warn(notice)
-    if options.json:
+    if quiet:
         return
     tokens = added.tokens
     parts = [f"{added.session}@{added.branch}"]

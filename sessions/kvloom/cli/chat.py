@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,14 @@ from kvloom.cli.terminal import clean, dim, print_json
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
 
-    from kvloom.report import Reply
+    from kvloom.report import Reply, Tokens
     from kvloom.run import Run
+
+NEARLY_FULL = 0.9
+"""How much of the context is used when a shorter branch is proposed."""
+
+FULLER = 0.05
+"""How much more of it, each time that this is proposed again."""
 
 Ask = Callable[[str], str]
 """Shows a prompt and returns what was typed; EOFError at the end, KeyboardInterrupt for Ctrl-C."""
@@ -95,6 +102,7 @@ class Chat:
         self.quiet = quiet
         self.replies: list[dict[str, Any]] = []
         self.moved = False
+        self.proposed = 0.0
         self.failed = 0
 
     @property
@@ -140,7 +148,18 @@ class Chat:
             dim("/continue goes on with it")
         if reply.branch != self.branch.name:
             self.branch = self.session.branch(reply.branch)
+        self._propose_compacting(reply.tokens)
         return reply
+
+    def _propose_compacting(self, tokens: Tokens) -> None:
+        """Say so when the context is nearly full, and again when it is fuller still."""
+        used, limit = sum(asdict(tokens).values()), self.loom.engine.context_limit
+        full = used / limit
+        if full < NEARLY_FULL:
+            self.proposed = 0.0
+        elif not self.proposed or full >= self.proposed + FULLER:
+            self.proposed = full
+            dim(f"{used:,} of {limit:,} tokens are used; /compact goes on with a summary, on a new branch")
 
     def check_said(self) -> None:
         """Leave nothing behind where nothing was said."""

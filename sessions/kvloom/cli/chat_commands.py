@@ -63,6 +63,24 @@ def _continue(chat: Chat, _rest: str) -> None:
     chat.run(chat.branch.continue_reply)
 
 
+def _compact(chat: Chat, rest: str) -> None:
+    """Go on with a summary of it all, on a new branch; or with the last N exchanges."""
+    from kvloom.cli.asking import told
+    from kvloom.cli.compact import make
+    from kvloom.cli.talk import interruptible
+
+    if rest and (not rest.isdecimal() or not int(rest)):
+        return dim("say how many exchanges to keep: /compact 4; or /compact for a summary")
+    plan = chat.session.compact(chat.branch.name, keep=int(rest) if rest else None, summary=not rest)
+    dim(told(plan.cost))
+    with interruptible() as stopped:
+        _, added = make(plan, chat.progress, stopped, quiet=chat.quiet)
+    if added is None:
+        return None
+    chat.branch, chat.moved = chat.session.branch(added.branch), True
+    return _where(chat)
+
+
 def _tree(chat: Chat, _rest: str) -> None:
     """Draw the session; the branch you are on is marked."""
     from kvloom.cli.tree import print_tree
@@ -130,6 +148,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Chat, str], None]]] = {
     "continue": ("", _continue),
     "regenerate": ("", _regenerate),
     "undo": ("", _undo),
+    "compact": ("[N]", _compact),
     "fork": ("NAME [REF]", _fork),
     "checkout": ("REF", _checkout),
     "tag": ("NAME", _tag),

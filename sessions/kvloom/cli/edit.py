@@ -70,7 +70,7 @@ def make(
     with interruptible() as stopped:
         added = plan.run(compute=compute, cancel=stopped.cancel, progress=bars.passes)
         bars.stop()
-        tell_added(options, added)
+        tell_added(added, quiet=options.json)
         if settings is not None and not stopped.signal:
             run = plan.branch.regenerate(cancel=stopped.cancel, progress=bars.passes, **settings)
             reply, closed = stream(run, bars.stop, stopped.cancel, quiet=options.json)
