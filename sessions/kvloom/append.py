@@ -114,7 +114,8 @@ class Append:
             live = None
         elif step.end <= live.length:
             link = next(link for link in live.chain if link.start < step.end <= link.end)
-            live, stands = None, Standing(link.handle, step.end)
+            hidden = live.hidden if step.end == live.length else None
+            live, stands = None, Standing(link.handle, step.end, hidden)
         else:
             passes = self._prefill(live, step.end, last)
         if isinstance(turn, NewTurn):

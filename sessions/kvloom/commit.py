@@ -38,10 +38,14 @@ class NewBranch:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Where the state of a turn that adds none of its own is found: up to position ``end`` of other state."""
+    """Where the state of a turn that adds none of its own is found: up to position ``end`` of other state.
+
+    ``hidden`` is the final hidden state there, if it is known.
+    """
 
     handle: Handle
     end: int
+    hidden: torch.Tensor | None = None
 
 
 class Held(Protocol):
@@ -122,7 +126,7 @@ class Commits:
             stands = addition.stands
             if stands is None and tip is not None:
                 stands = Standing(Handle(tip.segment, tip.row), tip.state_end)
-            base, hidden = stands.handle if stands else None, None
+            base, hidden = (stands.handle, stands.hidden) if stands else (None, None)
             state_start = state_end = stands.end if stands else 0
         ids, start, new = addition.ids, addition.start, addition.new
         known = tip.position if tip is not None and start >= tip.end else None

@@ -229,3 +229,14 @@ def test_taking_a_session_away_takes_its_searches(store_path: Path, engines: Any
         with loom.database.read() as conn:
             assert turns.count_by_session(conn) == {}
             assert conn.exec_driver_sql("SELECT count(*) FROM candidate").scalar_one() == 0
+
+
+def test_a_search_begins_at_a_prompt_that_was_said_before_and_at_a_token(store_path: Path, engines: Any) -> None:
+    with KVLoom(store_path, model=engines["llama"]) as loom:
+        session = loom.session("talk")
+        first = session.explore(prompt=PROMPT, **SMALL).result
+        again = session.explore(prompt=PROMPT, name="again", **SMALL).result
+        assert again.text == first.text
+        assert again.tokens == first.tokens
+        session.fork("cut", f"{first.path[0]}:20")
+        assert session.explore("cut", name="inside", **SMALL).result.finished
