@@ -292,12 +292,12 @@ def state(conn: sa.Connection, row: int) -> TurnState:
 
 
 def best_state(states: Sequence[TurnState], root: int) -> TurnState | None:
-    """Of a turn's states, the one to go on from: held before not held, the first before its variants, and one that
-    reaches the turn's end before one that was stopped on the way there."""
+    """Of a turn's states, the one to go on from: held before not held, the first before its variants, one that
+    reaches the turn's end before one that was stopped on the way there, and one that says what comes next."""
 
-    def worse(state: TurnState) -> tuple[bool, bool, int, int]:
+    def worse(state: TurnState) -> tuple[bool, bool, int, bool, int]:
         lost = state.segment is None and state.state_end > state.state_start
-        return lost, state.variant, -state.state_end, state.row
+        return lost, state.variant, -state.state_end, state.hidden is None, state.row
 
     return min((each for each in states if each.root == root), key=worse, default=None)
 

@@ -106,13 +106,12 @@ class Search:
         if there is not None and not resume:
             raise RefExists("exploration", name)
         self._resumed = there is not None
-        if there is not None:
-            self.settings = _same(ExploreSettings.from_plain(there.settings), given)
-            self._exploration = there
-        else:
+        if there is None:
             self.settings = _settings(given)
-            self._exploration = self._begin(at, prompt, name, resume)
-        self._scorer = scorer_of(self.settings, self._judge)
+        else:
+            self.settings = _same(ExploreSettings.from_plain(there.settings), given)
+        self._scorer = scorer_of(self.settings, self._judge)  # before anything is said or stored
+        self._exploration = there or self._begin(at, prompt, name, resume)
 
     @property
     def name(self) -> str:
