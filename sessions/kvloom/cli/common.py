@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,10 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 
 from kvloom.cli.terminal import warn
+from kvloom.shown import short_ids as short_ids
 
 if TYPE_CHECKING:
-    import sqlalchemy as sa
-
     from kvloom.loom import KVLoom
     from kvloom_store.names import Ref
 
@@ -99,21 +97,6 @@ def parse(text: str) -> tuple[Ref, str | None]:
     if ref.point is None and not ref.back and ref.token is None:
         return ref, None
     return ref, str(replace(ref, point=ref.point or MAIN)).removeprefix(f"{ref.session}@")
-
-
-def short_ids(conn: sa.Connection, session_row: int) -> Callable[[str | None], str]:
-    """A function from a turn's full id to its shortest unique beginning."""
-    from kvloom_store import refs
-
-    known = set(refs.short_ids(conn, session_row).values())
-
-    @functools.cache
-    def short(full: str | None) -> str:
-        if not full:
-            return ""
-        return next((full[:n] for n in range(refs.SHORTEST_ID, len(full)) if full[:n] in known), full)
-
-    return short
 
 
 def warn_of_network_drive(path: Path) -> None:

@@ -21,6 +21,7 @@ from kvloom.cli.terminal import (
     warn,
 )
 from kvloom.cli.tokens import no_tokenizer, show_tokens
+from kvloom.shown import labels
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
@@ -153,18 +154,6 @@ def print_turns(turns: Sequence[TreeTurn], short: Callable[[str | None], str]) -
 def turn_json(turn: TreeTurn) -> dict[str, Any]:
     """A turn as ``log`` and ``tree`` print it with ``--json``."""
     return {**turn.to_json(), "created": iso_time(turn.created)}
-
-
-def labels(turn: TreeTurn) -> list[str]:
-    """What is noted beside a turn: branches, tags, and that it did not end by itself."""
-    notes = [f"[{name}]" for name in turn.branches] + [f"#{name}" for name in turn.tags]
-    if turn.continues:
-        notes.append("(continued)")
-    if turn.finish_reason in ("interrupted", "length"):
-        notes.append(f"({turn.finish_reason})")
-    if turn.cut:
-        notes.append("(cut)")
-    return notes
 
 
 def _print_turn(turn: TreeTurn, short: str, *, first: bool) -> None:
