@@ -149,6 +149,17 @@ class Session:
 
         return tokenizer_of(self._loom, self.settings)
 
+    def discard(self, branch: Branch) -> bool:
+        """Take a branch away, if it is still where it was when ``branch`` was read; whether it was. Turns stay."""
+        with self._loom.database.write() as conn:
+            point = refs.resolve(conn, Ref(self.name, branch.name, 0))
+            if point.branch is None or point.branch != branch.row:
+                return False
+            refs.remove_branch(conn, point.branch.row)
+            if point.turn is not None:
+                cut.discard(conn, point.turn)
+            return True
+
     def rename(self, name: str) -> None:
         """Give the session another name. Raises RefExists, InvalidName."""
         with self._loom.database.write() as conn:

@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from kvloom._version import __version__
-from kvloom.cli import about, chat, manage, show, talk, tree
+from kvloom.cli import about, browse, chat, manage, show, talk, tree
 from kvloom.cli.common import json_option, store_option
 from kvloom.cli.terminal import clean, never_fail_to_print, wants_color
 from kvloom.errors import KVLoomError
@@ -28,7 +28,7 @@ CLOSED_PIPE = 141
 _SECTIONS = {
     "Talk": [chat.chat, talk.say, talk.continue_, talk.regenerate],
     "Branch": [manage.fork, manage.tag, manage.rename, manage.rm],
-    "Look": [show.ls, show.branches, show.log, tree.tree, show.show, about.stats],
+    "Look": [browse.browse, show.ls, show.branches, show.log, tree.tree, show.show, about.stats],
     "Set up": [about.models, manage.config, about.doctor, about.completion],
 }
 
