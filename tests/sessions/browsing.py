@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from textual.events import Key
 from textual.pilot import Pilot
 
 from kvloom.browse.app import Browser
@@ -26,6 +27,9 @@ class Walk:
     def __init__(self, app: Browser, pilot: Pilot[None]) -> None:
         self.app = app
         self.pilot = pilot
+        self.told: list[str] = []  # the messages that popped up
+        notify = app.notify
+        app.notify = lambda message, **options: self.told.append(message) or notify(message, **options)
 
     @property
     def screen(self) -> Conversation:
@@ -57,14 +61,14 @@ class Walk:
     def shown(self) -> str:
         return "\n".join(self.lines)
 
-    @property
-    def told(self) -> list[str]:
-        """The messages that popped up."""
-        return [notice.message for notice in self.app._notifications]
-
     async def press(self, *keys: str) -> None:
         await self.pilot.press(*keys)
         await self.pilot.pause()
+
+    def hit(self, *keys: str) -> None:
+        """Press keys and wait for nothing: ``press`` waits until the process is idle, which no model lets it be."""
+        for key in keys:
+            self.app.post_message(Key(key, key if len(key) == 1 else None))
 
     async def type(self, text: str) -> None:
         """Type into the line at the bottom, and send it."""

@@ -135,15 +135,18 @@ def test_escape_stops_a_reply_and_keeps_it_and_the_keys_work_meanwhile(path: Pat
         await at.until(lambda: at.screen.speech is not None and len(at.screen.speech.pieces) > 20)
         assert "go on" in at.shown
         assert "Esc stops" in at.shown
-        await at.press("r")
-        assert at.told == ["a reply is being made; Esc stops it"]
-        await at.press("up", "t")
-        await at.type("here")
+        at.hit("r")
+        await at.until(lambda: at.told == ["a reply is being made; Esc stops it"])
+        at.hit("up")
+        await at.until(lambda: at.turn.text == "hello there")
+        at.hit("t")
+        await at.until(lambda: at.screen.line.has_focus)
+        at.hit(*"here", "enter")
         await at.until(lambda: "#here" in at.shown)
         assert at.screen.speech is not None
-        await at.press("escape")
+        at.hit("escape")
         await at.until_said(5)
-        assert "interrupted" in at.shown
+        await at.until(lambda: "interrupted" in at.shown)
         assert at.turn.text == "hello there"  # the cursor had gone elsewhere
 
     talk(path, model, drive, sampling={"max_tokens": LIMIT})

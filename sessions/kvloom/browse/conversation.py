@@ -36,7 +36,7 @@ P = ParamSpec("P")
 SPEECH = "speech"
 """The group of the worker that waits for a reply."""
 
-LOOKS = 20
+LOOKS = 10
 """How often a second a growing reply is looked at."""
 
 _HINTS = "s say · r again · f fork · e edit · m mark · d diff · / search · ? keys · q quit"
@@ -92,6 +92,7 @@ class Conversation(Screen[None]):
         self._scores = scores
         self._asked: asyncio.Future[str | None] | None = None
         self._looking: Timer | None = None
+        self._seen: tuple[str, int, bool] | None = None
         self._news: tuple[str, str | None] = "", None
 
     def compose(self) -> ComposeResult:
@@ -145,6 +146,14 @@ class Conversation(Screen[None]):
         self.transcript.show(blocks)
         self._tell()
 
+    def _look(self) -> None:
+        """Show how far the reply got, if it got any further."""
+        speech = self.speech
+        seen = (speech.stage, len(speech.pieces), speech.stopping) if speech is not None else None
+        if seen != self._seen:
+            self._seen = seen
+            self.on_tree_pane_moved()
+
     def _block(self, found: Outline, turn: TreeTurn) -> Block:
         notes = [found.short(turn.id), *labels(turn)]
         if turn.tokens:
@@ -165,7 +174,7 @@ class Conversation(Screen[None]):
             turns = tree.outline.path(tree.cursor)
             tokens = sum(turn.tokens for turn in turns)
             where = "".join(f"@{name}" for name in tree.outline.branches(tree.cursor)[:1])
-            text = f"{self.session.name}{where} · {len(turns)} turns, {tokens} tokens down to here"
+            text = f"{self.session.name}{where} · {len(turns)} turns" + (f", {tokens} tokens" if tokens else "")
         self.query_one("#status", Static).update(Content(clean(text)))
 
     # Asking and telling
@@ -234,7 +243,7 @@ class Conversation(Screen[None]):
     def _say(self, saying: Saying) -> None:
         if not self._busy():
             self.speech = Speech(self.loom, saying)
-            self._looking = self.set_interval(1 / LOOKS, self.on_tree_pane_moved)
+            self._looking = self.set_interval(1 / LOOKS, self._look)
             self.tree_pane.go(self.tree_pane.outline.rows.get(saying.at, 0))
             self._speak(self.speech)
 

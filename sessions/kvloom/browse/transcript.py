@@ -19,6 +19,9 @@ LINES = 2_000
 CHARACTERS = 50_000
 """Of a turn that is longer, its end is shown."""
 
+GROWING = 5_000
+"""The same for a text that still grows, and is wrapped again each time it is looked at."""
+
 CACHED = 4_096
 """Turns that stay wrapped: walking down a path wraps one more at a step."""
 
@@ -65,7 +68,7 @@ class Transcript(ScrollView, can_focus=True):
     def _wrap(self, block: Block, width: int) -> list[Text]:
         body = self._wrapped.get((block.key, width)) if block.key else None
         if body is None:
-            cut = len(block.text) - CHARACTERS
+            cut = len(block.text) - (CHARACTERS if block.key else GROWING)
             text = f"(… {cut} characters above)\n{block.text[cut:]}" if cut > 0 else block.text
             wrapped = Text(clean(text).rstrip("\n")).wrap(self.app.console, width, tab_size=4)
             body = [*wrapped, Text()]
