@@ -56,14 +56,14 @@ class TestLooking:
             left = [line[:31].rstrip(" ▕") for line in at.lines]
             assert left[:9] == [
                 "trip",
-                "○ u Where to?",
-                "○ a Rome.",
-                "├─○ u Why?",
-                "│ ○ a [food] Food.",
-                "○ u And then?",
-                "○ a Milan.",
-                "○ u Then?",
-                "○ a [main] [home] Home.",
+                "● u Where to?",
+                "● a Rome.",
+                "├─● u Why?",
+                "│ ● a [food] Food.",
+                "● u And then?",
+                "● a Milan.",
+                "● u Then?",
+                "● a [main] [home] Home.",
             ]
             right = [line[32:].strip() for line in at.lines]
             assert [line for line in right if line in ("Where to?", "Rome.", "Why?", "Milan.", "Home.")] == [
@@ -115,7 +115,7 @@ class TestLooking:
     def test_space_folds_and_walking_into_it_unfolds(self, trip: Path) -> None:
         async def drive(at: Walk) -> None:
             await at.press("home", "down", "down", "down", "space")
-            assert "├─○ u +1 Why?" in at.shown
+            assert "├─● u +1 Why?" in at.shown
             assert "[food]" not in at.shown
             await at.press("down")
             assert at.turn.text == "And then?"
@@ -342,11 +342,24 @@ class TestComparing:
 
         walk(trip, drive)
 
+    def test_long_paths_are_compared_from_where_they_part(self, store_path: Path) -> None:
+        spec: Spec = [(None, "start"), (0, "aside")]
+        make(store_path, spec + [(n if n > 1 else 0, f"turn {n}") for n in range(1, 1000)])
+
+        async def drive(at: Walk) -> None:
+            await at.press("end", "m", "home", "down", "down", "m", "d")
+            assert "turn 1" in at.shown
+            assert "aside" in at.shown
+            await at.press("end")
+            await at.until(lambda: "… 799 turns below" in at.shown)
+
+        walk(store_path, drive)
+
     def test_marks_are_shown_taken_away_and_no_more_than_two(self, trip: Path) -> None:
         async def drive(at: Walk) -> None:
             await at.press("m", "up", "m", "up", "m")
-            assert "○A u Then?" in at.shown
-            assert "○B a Milan." in at.shown
+            assert "●A u Then?" in at.shown
+            assert "●B a Milan." in at.shown
             await at.press("m", "d")
             assert isinstance(at.app.screen, Compare)
             await at.press("q")
@@ -434,8 +447,8 @@ class TestLarge:
         async def drive(at: Walk) -> None:
             await at.press("end", "up", "up")
             await at.press("enter", "home")
-            await at.until(lambda: "… 4331 turns above" in at.shown)
-            assert at.screen.transcript.virtual_size.height < 2010
+            await at.until(lambda: "… 4798 turns above" in at.shown)
+            assert at.screen.transcript.virtual_size.height < 610
 
         walk(store_path, drive)
         assert len(drawn) <= 60

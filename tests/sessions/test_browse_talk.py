@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,11 @@ def test_at_a_tip_its_branch_moves_on_and_the_cursor_with_it(path: Path, model: 
         await at.until(lambda: "4 tokens, held" in " ".join(at.shown.split()))  # its state is stored behind
         for word in ("trip@main", "reused", "computed", "stopped at its limit"):
             assert word in at.shown
+
+        assert "● a 4 [main]" in at.shown
+        at.tree.show(replace(at.outline, held=()), at.tree.at)
+        await at.pilot.pause()
+        assert "○ a 4 [main]" in at.shown
 
     talk(path, model, drive)
     assert texts(path)[3] == "and now"

@@ -20,7 +20,7 @@ from kvloom.browse import actions, outline, screens
 from kvloom.browse.actions import Saying
 from kvloom.browse.outline import Outline
 from kvloom.browse.speech import Speech, told
-from kvloom.browse.transcript import Block, Transcript, heading
+from kvloom.browse.transcript import BLOCKS, Block, Transcript, heading
 from kvloom.browse.tree_pane import MARKS, TreePane
 from kvloom.errors import KVLoomError, NothingToDo
 from kvloom.shown import clean, labels, preview, role_style
@@ -135,15 +135,17 @@ class Conversation(Screen[None]):
 
     def on_tree_pane_moved(self) -> None:
         tree = self.tree_pane
-        blocks = [self._block(tree.outline, turn) for turn in tree.outline.path(tree.cursor)]
+        path = tree.outline.path(tree.cursor)
+        blocks = [self._block(tree.outline, turn) for turn in path[-BLOCKS:]]
         speech = self.speech
         if speech is not None and speech.saying.at == tree.at:
             if speech.saying.text is not None:
                 blocks.append(Block(None, heading("user", role_style("user"), ["being said"]), speech.saying.text))
-            elif blocks and blocks[-1].key and tree.outline.path(tree.cursor)[-1].role == "assistant":
+            elif path and path[-1].role == "assistant":
                 blocks.pop()
-            blocks.append(Block(None, heading("assistant", role_style("assistant"), [speech.stage]), speech.text))
-        self.transcript.show(blocks)
+            doing = "being said" if speech.pieces else speech.stage
+            blocks.append(Block(None, heading("assistant", role_style("assistant"), [doing]), speech.text))
+        self.transcript.show(blocks, above=max(0, len(path) - BLOCKS))
         self._tell()
 
     def _look(self) -> None:
@@ -157,7 +159,7 @@ class Conversation(Screen[None]):
     def _block(self, found: Outline, turn: TreeTurn) -> Block:
         notes = [found.short(turn.id), *labels(turn)]
         if turn.tokens:
-            notes.append(f"{turn.tokens} tokens, {'held' if turn.id in found.held else 'not held'}")
+            notes.append(f"{turn.tokens} tokens, {'held' if found.is_held(turn) else 'not held'}")
         if turn.id in found.scores:
             notes.append(f"score {found.scores[turn.id]:.3g}")
         return Block(turn.id, heading(turn.role, role_style(turn.role), notes), turn.text)

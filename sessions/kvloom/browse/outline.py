@@ -61,6 +61,10 @@ class Outline:
         turn = self.turn(row)
         return turn.branches if turn is not None else self.empty
 
+    def is_held(self, turn: TreeTurn) -> bool:
+        """Whether a turn's state is held. One without tokens of its own has none: they come with the next turn."""
+        return not turn.tokens or turn.id in self.held
+
     def path(self, row: int) -> list[TreeTurn]:
         """The turns from the first one down to a row."""
         up = []

@@ -13,8 +13,11 @@ from textual.strip import Strip
 
 from kvloom.shown import clean
 
-LINES = 2_000
+LINES = 600
 """Lines that are kept wrapped: of a longer path, what goes before is told as so many turns."""
+
+BLOCKS = LINES // 3
+"""Blocks that may be needed for that: none has fewer than three lines."""
 
 CHARACTERS = 50_000
 """Of a turn that is longer, its end is shown."""
@@ -41,25 +44,33 @@ class Transcript(ScrollView, can_focus=True):
     def __init__(self, id: str | None = None) -> None:
         super().__init__(id=id)
         self._blocks: Sequence[Block] = ()
+        self._above = 0
         self._from_start = False
         self._lines: list[Text] = []
         self._wrapped: dict[tuple[str, int], list[Text]] = {}
 
-    def show(self, blocks: Sequence[Block], *, from_start: bool = False) -> None:
-        """Show other blocks, scrolled to their end, or to their start."""
-        self._blocks, self._from_start = blocks, from_start
+    def show(self, blocks: Sequence[Block], *, above: int = 0, from_start: bool = False) -> None:
+        """Show other blocks, scrolled to their end, or to their start; ``above`` more turns go before them."""
+        self._blocks, self._above, self._from_start = blocks, above, from_start
         self._arrange()
 
     def _arrange(self) -> None:
-        width = max(self.size.width - 1, 1)
+        width = self.size.width - 1
+        if width < 1:
+            return  # it has no place yet; ``on_resize`` comes when it has
         kept: list[list[Text]] = []
-        lines, left = 0, len(self._blocks)
-        while left and (not kept or lines < LINES):
-            left -= 1
-            kept.append(self._wrap(self._blocks[left], width))
+        lines, blocks = 0, self._blocks if self._from_start else self._blocks[::-1]
+        for block in blocks:
+            if lines >= LINES:
+                break
+            kept.append(self._wrap(block, width))
             lines += len(kept[-1])
-        above = [Text(f"… {left} turns above", style="dim"), Text()] if left else []
-        self._lines = above + [line for block in reversed(kept) for line in block]
+        more = len(blocks) - len(kept) + self._above
+        told = [Text(f"… {more} turns {'below' if self._from_start else 'above'}", style="dim")] if more else []
+        if self._from_start:
+            self._lines = [line for wrapped in kept for line in wrapped] + told
+        else:
+            self._lines = [*told, *([Text()] if told else []), *(line for wrapped in kept[::-1] for line in wrapped)]
         self.virtual_size = Size(width, len(self._lines))
         scroll = self.scroll_home if self._from_start else self.scroll_end
         scroll(animate=False, force=True, immediate=True)

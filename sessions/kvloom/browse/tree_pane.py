@@ -67,7 +67,7 @@ class TreePane(ScrollView, can_focus=True):
     def go(self, row: int) -> None:
         """Move the cursor to a row; what hides it is unfolded."""
         self.cursor, above = row, row
-        while above:
+        while above and self._folded:
             above = self.outline.above(above)
             self._folded.discard(self.outline.id(above))
         self._arrange()
@@ -149,7 +149,7 @@ class TreePane(ScrollView, can_focus=True):
         rails = "│ " * (place.column - place.aside) + ("├─" if place.aside else "")
         text = Text(no_wrap=True)
         text.append(rails[-(self.size.width // 2) :], DIM)
-        text.append(HELD if turn.id in outline.held else NOT_HELD, role)
+        text.append(HELD if outline.is_held(turn) else NOT_HELD, role)
         if turn.id in self.marks:
             text.append(MARKS[self.marks.index(turn.id)], Style(reverse=True, bold=True))
         text.append(f" {clean(turn.role)[:1]}", role)
