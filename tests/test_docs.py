@@ -63,3 +63,16 @@ def test_files_that_documents_point_to_are_there(path: Path):
         pytest.skip("not ours")
     for found in re.findall(r"`((?:proto|store|sessions|tests|examples|docs|benchmarks)/[\w./-]+)`", path.read_text()):
         assert (ROOT / found).exists(), f"{path.name} points to {found}"
+
+
+def test_the_screenshots_are_of_the_interface_as_it_is(tmp_path: Path):
+    """The words of each row, not its style: that is textual's, and may change with it."""
+    spec = importlib.util.spec_from_file_location("browse_shots", ROOT / "docs" / "browse_shots.py")
+    shots = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(shots)
+    shots.main(tmp_path)
+    for path in sorted(tmp_path.iterdir()):
+        kept = ROOT / "docs" / "browse" / path.name
+        texts = [re.findall(r"<text[^>]*>([^<]*)</text>", each.read_text()) for each in (path, kept)]
+        assert texts[0] == texts[1], "run: python docs/browse_shots.py"
+        assert "@font-face" not in kept.read_text()

@@ -13,12 +13,14 @@ from kvloom.errors import InvalidText, ModelMismatch, NothingToDo, RefNotFound, 
 from kvloom.path import merged, path_to, tip_of
 from kvloom.plaintext import check_unicode
 from kvloom.sampling import SamplingSettings
-from kvloom_store import refs, trie
+from kvloom_store import refs, trie, turns
 from kvloom_store.names import Ref
 from kvloom_store.refs import Branch as BranchRow
 from kvloom_store.turns import Turn, TurnState
 
 if TYPE_CHECKING:
+    import sqlalchemy as sa
+
     from kvloom.engine import Progress
     from kvloom.loom import KVLoom
     from kvloom.planned import PlannedBranch
@@ -242,15 +244,22 @@ class Branch:
             raise NothingToDo("there is nothing to undo")
         self._move(path[-1].parent)
 
-    def move_to(self, at: str) -> None:
+    def move_to(self, at: str, *, keep: bool = False) -> str | None:
         """Let the branch point where a ref of its session does; the turns it leaves stay in the tree.
 
+        ``keep``: where no other name would lead to its old tip, a new branch does; returned is what that is called.
+
         Raises:
-            RefNotFound, RefConflict (another process moved it meanwhile)
+            RefNotFound
         """
-        point = self._loom.resolve(self.session.ref(at))
-        self._row = self.session.branch(self.name).row
-        self._move(point.turn)
+        with self._loom.database.write() as conn:
+            row = refs.resolve(conn, Ref(self.session.name, self.name, 0)).branch
+            if row is None:
+                raise RefNotFound("branch", self.name)
+            to = refs.resolve(conn, self.session.ref(at)).turn
+            kept = _keep(conn, row, to) if keep else None
+            self._row = refs.move_branch(conn, row.row, row.turn, to)
+        return kept
 
     def fork(self, name: str, back: int = 0) -> Branch:
         """A new branch here, or so many turns back."""
@@ -387,6 +396,15 @@ class Branch:
     def _move(self, to: int | None) -> None:
         with self._loom.database.write() as conn:
             self._row = refs.move_branch(conn, self._row.row, self._row.turn, to)
+
+
+def _keep(conn: sa.Connection, branch: BranchRow, to: int | None) -> str | None:
+    """Have a new branch lead to a branch's tip, if nothing else will when it has moved; what that one is called."""
+    named = {each.turn for each in refs.branches(conn, branch.session) if each.row != branch.row}
+    named |= {turn.row for turn in turns.path_to(conn, to)} | set(refs.tags(conn, branch.session).values())
+    if branch.turn is None or branch.turn in named:
+        return None
+    return refs.add_branch(conn, branch.session, refs.free_name(conn, branch.session, branch.name), branch.turn).name
 
 
 def check_model(settings: Mapping[str, Any], loom: KVLoom) -> None:

@@ -25,7 +25,9 @@ CHARACTERS = 60
 class Side:
     """One of two paths: its turns from the first one on that the other has not, and how many tokens it has in all.
 
-    ``token`` is the id at which it parts, ``text`` what it says from there (None and "": it ends there).
+    ``token`` is the id at which it parts, ``text`` what it says from there (None and "": it ends there). Where a model
+    generated that token, ``logprob`` is what it gave it (nats), and ``other_logprob`` what it gave the token that the
+    other path has there, if that was among the likeliest, whose scores are kept.
     """
 
     ref: str
@@ -33,6 +35,8 @@ class Side:
     tokens: int
     token: int | None
     text: str
+    logprob: float | None = None
+    other_logprob: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +90,8 @@ def between(loom: KVLoom, first: Ref, second: Ref) -> Diff:
         position=position,
         character=character,
         before=before,
-        a=Side(str(first), tuple(left), len(a.ids), ids[0], texts[0]),
-        b=Side(str(second), tuple(right), len(b.ids), ids[1], texts[1]),
+        a=Side(str(first), tuple(left), len(a.ids), ids[0], texts[0], *_thought(a, left, position, ids[1])),
+        b=Side(str(second), tuple(right), len(b.ids), ids[1], texts[1], *_thought(b, right, position, ids[0])),
     )
 
 
@@ -100,6 +104,21 @@ def _read(loom: KVLoom, ref: Ref) -> _Path:
         ids = spans.tokens_of(conn, found)
     end = len(ids) if ref.token is None else ref.token
     return _Path(ref, session, log, ids[:end], _own(found, end))
+
+
+def _thought(
+    path: _Path, turns: Sequence[TreeTurn], position: int | None, other: int | None
+) -> tuple[float | None, float | None]:
+    """What the model that generated the token at a position thought of it, and of the other path's token there."""
+    if position is None:
+        return None, None
+    for turn in turns:
+        start, end = path.own.get(turn.id, (0, 0))
+        if start <= position < end:
+            scores = path.session.token_scores(turn)[position - start :]
+            likely = dict(scores[0].top) if scores else {}
+            return (scores[0].logprob if scores else None), (likely.get(other) if other is not None else None)
+    return None, None
 
 
 def _own(found: Sequence[Span], end: int) -> dict[str, tuple[int, int]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kvloom.branch import Branch
 from kvloom.errors import NothingToDo, RefNotFound
 from kvloom_proto.scores import TokenScore, read_scores
-from kvloom_store import cut, refs, spans, trie, turns
+from kvloom_store import cut, explorations, refs, spans, trie, turns
 from kvloom_store.names import MAIN, Ref, parse_ref
 from kvloom_store.refs import SessionRow
 from kvloom_store.spans import Span
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 class TreeTurn:
     """A turn as ``log`` and ``tree`` show it; ``branches`` and ``tags`` are the names that point at it.
 
-    ``cut``: it is the beginning of another turn, up to a token that was named.
+    ``score`` is what a search gave it; ``cut``: it is the beginning of another turn, up to a token that was named.
     """
 
     id: str
@@ -310,6 +310,17 @@ class Session:
 
         return tokenizer_of(self._loom, self.settings)
 
+    def discard(self, branch: Branch) -> bool:
+        """Take a branch away, if it is still where it was when ``branch`` was read; whether it was. Turns stay."""
+        with self._loom.database.write() as conn:
+            point = refs.resolve(conn, Ref(self.name, branch.name, 0))
+            if point.branch is None or point.branch != branch.row:
+                return False
+            refs.remove_branch(conn, point.branch.row)
+            if point.turn is not None:
+                cut.discard(conn, point.turn)
+            return True
+
     def rename(self, name: str) -> None:
         """Give the session another name. Raises RefExists, InvalidName."""
         with self._loom.database.write() as conn:
@@ -348,6 +359,7 @@ class Session:
 
     def _described(self, conn: Any, shown: Sequence[Turn]) -> list[TreeTurn]:
         ids = {turn.row: turn.id for turn in shown}
+        scores = explorations.scores(conn, self._row.row)
         lengths: dict[int, int] = {}
         for row, start, end in turns.token_counts(conn, self._row.row):
             lengths.setdefault(row, end - start)
@@ -368,7 +380,7 @@ class Session:
                 branches=tuple(pointing.get(turn.row, ())),
                 tags=tuple(tagged.get(turn.row, ())),
                 tokens=lengths.get(turn.row, 0),
-                score=None,
+                score=scores.get(turn.row),
                 continues=turn.continues,
                 created=turn.created,
                 cut=cut.is_cut(turn),

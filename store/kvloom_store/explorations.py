@@ -105,6 +105,14 @@ def candidates(conn: sa.Connection, of: Exploration) -> list[Candidate]:
     return [_candidate(checked(candidate, row)) for row in conn.execute(query)]
 
 
+def scores(conn: sa.Connection, session: int) -> dict[int, float]:
+    """The turns (their rows) of a session that a search has scored; where several have, the newest of them."""
+    query = sa.select(candidate).join(exploration, exploration.c.id == candidate.c.exploration)
+    query = query.where(exploration.c.session == session, candidate.c.score.is_not(None)).order_by(candidate.c.id)
+    found = [_candidate(checked(candidate, row)) for row in conn.execute(query)]
+    return {each.turn: each.score for each in found if each.score is not None}
+
+
 def add(
     conn: sa.Connection,
     of: Exploration,

@@ -271,6 +271,17 @@ def token_counts(conn: sa.Connection, session: int) -> list[tuple[int, int, int]
     return [(row, start, end) for row, start, end in conn.execute(query)]
 
 
+def held(conn: sa.Connection, session: int) -> set[str]:
+    """The ids of a session's turns whose state is held (or that stand on another's and have none of their own)."""
+    query = (
+        sa.select(turn.c.public_id)
+        .join(turn_state, turn_state.c.turn == turn.c.id)
+        .where(turn.c.session == session)
+        .where(turn_state.c.segment.is_not(None) | (turn_state.c.state_start == turn_state.c.state_end))
+    )
+    return {public.hex() for public in conn.execute(query).scalars()}
+
+
 def states_with_segments(conn: sa.Connection, segments: Sequence[int]) -> list[TurnState]:
     """The states that some segments hold, the newest first; damaged rows are left out: they may be anybody's."""
     query = sa.select(turn_state).where(turn_state.c.segment.in_(segments)).order_by(turn_state.c.id.desc())

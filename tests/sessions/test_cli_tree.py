@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from kvloom.cli import run
-from kvloom_store import refs, turns
+from kvloom_store import explorations, refs, turns
 from kvloom_store.database import Database
+from kvloom_store.names import Ref
 from kvloom_store.turns import Turn
 
 Draw = Callable[[int], list[str]]
@@ -29,6 +31,18 @@ def make(path: Path, spec: Spec, *, branches: dict[str, int] | None = None) -> N
             made.append(turns.add_turn(conn, session.row, None if parent is None else made[parent], message))
         for name, at in (branches or {}).items():
             refs.add_branch(conn, session.row, name, made[at].row)
+    database.close()
+
+
+def scored(path: Path, branch: str, score: float) -> None:
+    """Have a search score the turn a branch points at."""
+    database = Database(path)
+    with database.write() as conn:
+        at = refs.resolve(conn, Ref("trip", branch, 0))
+        assert at.turn is not None
+        search = explorations.create(conn, at.session.row, f"of-{branch}", at.turn, {})
+        made = explorations.add(conn, search, None, 1, at.turn, explorations.ENDED, 1, -1.0)
+        explorations.set_score(conn, made, score)
     database.close()
 
 
@@ -62,6 +76,25 @@ def test_a_session_is_drawn_so(store_path: Path, draw: Draw) -> None:
         "● user  Then?",
         "● assistant [home]  Home.",
     ]
+
+
+def test_scores_of_searches_stand_beside_their_turns(
+    store_path: Path, draw: Draw, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(store_path, [(None, "Where to?"), (0, "Rome."), (0, "Milan.")], branches={"rome": 1, "milan": 2})
+    scored(store_path, "rome", -1.25)
+    scored(store_path, "milan", 0.75)
+    assert [drawn(line) for line in draw()[2:]] == [
+        "├─● user [milan] score 0.75  Milan.",
+        "● assistant [rome] score -1.25  Rome.",
+    ]
+    assert run(["tree", "trip", "--json"]) == 0
+    assert [turn["score"] for turn in json.loads(capsys.readouterr().out)["turns"]] == [None, -1.25, 0.75]
+    for kind in ("--svg", "--html"):
+        assert run(["tree", "trip", kind, "-"]) == 0
+        picture = capsys.readouterr().out
+        assert "score -1.25<" in picture
+        assert "score 0.75<" in picture
 
 
 def test_a_straight_conversation_is_never_indented_however_deep(store_path: Path, draw: Draw) -> None:

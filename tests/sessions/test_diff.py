@@ -61,6 +61,28 @@ def test_it_is_the_same_the_other_way_round(forked: kvloom.KVLoom):
     assert (one.a, one.b, one.position, one.before) == (other.b, other.a, other.position, other.before)
 
 
+def test_each_side_tells_what_its_model_gave_its_own_token_and_the_other_one(loom: kvloom.KVLoom):
+    session = loom.session("a")
+    session.branch().say("hello there", max_tokens=6)
+    first = session.token_scores()[0]
+    likely = next(token for token, _ in first.top if token != first.token)
+    for seed in range(100):  # until a reply begins with another one of the likeliest
+        other = session.fork(f"other-{seed}", "main~1")
+        other.regenerate(max_tokens=1, temperature=1.0, top_k=2, seed=seed).reply  # noqa: B018
+        if session.token_scores(other.name)[0].token == likely:
+            break
+    found = loom.diff("a", f"a@{other.name}")
+    chances = dict(first.top)
+    assert (found.a.token, found.b.token) == (first.token, likely)
+    assert (found.a.logprob, found.a.other_logprob) == (first.logprob, chances[likely])
+    assert (found.b.logprob, found.b.other_logprob) == (chances[likely], first.logprob)
+
+
+def test_of_tokens_that_were_given_no_model_thought_anything(forked: kvloom.KVLoom):
+    found = forked.diff("a", "a@other")
+    assert (found.a.token is None, found.a.logprob, found.a.other_logprob) == (False, None, None)
+
+
 @pytest.mark.parametrize("ref", ["a", "a@main", "a~1", "a~3", "a:30", "a:0"])
 def test_a_path_does_not_part_from_itself(forked: kvloom.KVLoom, ref: str):
     found = forked.diff(ref, ref)

@@ -16,10 +16,11 @@ from typing import Any
 import click
 
 from kvloom._version import __version__
-from kvloom.cli import about, chat, compact, cost, diff, edit, manage, search, show, talk, tree, warm, why
+from kvloom.cli import about, browse, chat, compact, cost, diff, edit, manage, search, show, talk, tree, warm, why
 from kvloom.cli.common import json_option, store_option
-from kvloom.cli.terminal import clean, never_fail_to_print, wants_color
+from kvloom.cli.terminal import never_fail_to_print, wants_color
 from kvloom.errors import KVLoomError
+from kvloom.shown import clean
 
 INTERRUPTED = 130
 CLOSED_PIPE = 141
@@ -30,7 +31,7 @@ _SECTIONS = {
     "Branch": [manage.fork, edit.edit, compact.compact, manage.tag, manage.rename, manage.rm],
     "State": [warm.warm],
     "Look": [
-        *(show.ls, show.branches, show.log, tree.tree, show.show),
+        *(browse.browse, show.ls, show.branches, show.log, tree.tree, show.show),
         *(search.search, diff.diff, why.why, about.stats, cost.cost),
     ],
     "Set up": [about.models, manage.config, about.doctor, about.completion],

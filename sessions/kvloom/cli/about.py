@@ -12,7 +12,8 @@ from typing import Any
 import click
 
 from kvloom.cli.common import Options, json_option, parse, pass_options, reading, ref_argument, shared
-from kvloom.cli.terminal import clean, columns, print_json, size, warn
+from kvloom.cli.terminal import columns, print_json, size, warn
+from kvloom.shown import clean
 
 PROBE_BYTES = 64 << 20
 """What doctor writes and reads back to see how fast the store's disk is."""

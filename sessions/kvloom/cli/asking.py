@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from kvloom.cli.common import F, Options
-from kvloom.cli.terminal import dim, seconds, stdin_is_terminal, warn
+from kvloom.cli.terminal import dim, stdin_is_terminal, warn
+from kvloom.shown import seconds
 
 if TYPE_CHECKING:
     from kvloom.report import Added, Cost

@@ -21,7 +21,8 @@ from kvloom.cli import chat_commands
 from kvloom.cli.common import Options, reading, ref_argument, shared
 from kvloom.cli.opening import Talk, model_options, new_session_options, talking
 from kvloom.cli.talk import interruptible, sampling, sampling_options, stream, tell
-from kvloom.cli.terminal import clean, dim, print_json
+from kvloom.cli.terminal import dim, print_json
+from kvloom.shown import clean
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kvloom.cli.common import short_ids
-from kvloom.cli.terminal import clean, dim, preview
+from kvloom.cli.terminal import dim
+from kvloom.shown import clean, preview, short_ids
 
 if TYPE_CHECKING:
     from kvloom.cli.chat import Chat

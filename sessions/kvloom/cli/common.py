@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +13,6 @@ import click
 from kvloom.cli.terminal import warn
 
 if TYPE_CHECKING:
-    import sqlalchemy as sa
-
     from kvloom.loom import KVLoom
     from kvloom_store.names import Ref
 
@@ -97,21 +94,6 @@ def parse(text: str) -> tuple[Ref, str | None]:
 
     ref = parse_ref(text)
     return ref, ref.at
-
-
-def short_ids(conn: sa.Connection, session_row: int) -> Callable[[str | None], str]:
-    """A function from a turn's full id to its shortest unique beginning."""
-    from kvloom_store import refs
-
-    known = set(refs.short_ids(conn, session_row).values())
-
-    @functools.cache
-    def short(full: str | None) -> str:
-        if not full:
-            return ""
-        return next((full[:n] for n in range(refs.SHORTEST_ID, len(full)) if full[:n] in known), full)
-
-    return short
 
 
 def warn_of_network_drive(path: Path) -> None:

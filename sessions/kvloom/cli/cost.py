@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from kvloom.cli.common import Options, parse, reading, ref_argument, shared
-from kvloom.cli.terminal import print_facts, print_json, seconds
+from kvloom.cli.terminal import print_facts, print_json
+from kvloom.shown import seconds
 
 if TYPE_CHECKING:
     from kvloom.cost import SessionCost

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvloom.cli.common import Options, reading, ref_argument, shared
-from kvloom.cli.show import labels, turn_json
-from kvloom.cli.terminal import clean, print_facts, print_json, role_style, stdout_is_terminal, wants_color
+from kvloom.cli.scores import percent
+from kvloom.cli.show import turn_json
+from kvloom.cli.terminal import print_facts, print_json, stdout_is_terminal, wants_color
+from kvloom.shown import clean, labels, role_style
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -54,7 +56,7 @@ def diff(options: Options, a: str, b: str, plain: bool) -> None:
 
 def _json(found: Diff) -> dict[str, Any]:
     def side(each: Side) -> dict[str, Any]:
-        told = {"ref": each.ref, "tokens": each.tokens, "token": each.token, "text": each.text}
+        told = {name: getattr(each, name) for name in ("ref", "tokens", "token", "text", "logprob", "other_logprob")}
         return {**told, "turns": [turn_json(turn) for turn in each.turns]}
 
     rest = {name: getattr(found, name) for name in ("same", "shared", "position", "character", "before")}
@@ -82,7 +84,15 @@ def _there(side: Side) -> str:
         return "it ends there"
     turn = side.turns[0]
     token = f"token {side.token} " if side.token is not None else ""
-    return f"{token}{side.text!r} in turn {turn.id[:8]} ({turn.role})"
+    return f"{token}{side.text!r} in turn {turn.id[:8]} ({turn.role}){_chances(side)}"
+
+
+def _chances(side: Side) -> str:
+    """What the model thought of the token, and of the other side's; "" where none generated it."""
+    if side.logprob is None:
+        return ""
+    other = f", the other's {percent(side.other_logprob)}" if side.other_logprob is not None else ""
+    return f", which the model gave {percent(side.logprob)}{other}"
 
 
 def _print_below(found: Diff) -> None:

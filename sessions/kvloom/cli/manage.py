@@ -7,7 +7,8 @@ import sys
 import click
 
 from kvloom.cli.common import Options, json_option, parse, pass_options, reading, ref_argument, shared
-from kvloom.cli.terminal import clean, print_json
+from kvloom.cli.terminal import print_json
+from kvloom.shown import clean
 
 
 @click.command(short_help="Begin a new branch at any turn or token.")

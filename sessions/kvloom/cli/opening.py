@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from kvloom.cli.terminal import dim, warn
 if TYPE_CHECKING:
     from kvloom.branch import Branch
     from kvloom.loom import KVLoom
+    from kvloom.quiet import Progress
     from kvloom.session import Session
     from kvloom_store.names import Ref
 
@@ -84,7 +85,7 @@ def talking(
     source = template_of(chat_template)
     warn_of_network_drive(options.path)
     bars = Bars()
-    loom = _open(options, known, model, dtype, bars, must_exist=not create)
+    loom = open_loom(options, known, model, dtype, bars.stage, must_exist=not create, check=True)
     made: list[Branch | Session] = []
     try:
         _check_writable(loom)
@@ -113,7 +114,7 @@ def talking(
         raise
     finally:
         bars.stop()
-        _close(loom)
+        close(loom)
 
 
 @contextmanager
@@ -125,7 +126,7 @@ def with_model(
     known = _settings_of(options, parse(session)[0], create=False)
     warn_of_network_drive(options.path)
     bars = Bars()
-    loom = _open(options, known, model, dtype, bars, must_exist=True)
+    loom = open_loom(options, known, model, dtype, bars.stage, must_exist=True, check=True)
     try:
         _check_writable(loom)
         found = loom.find(session)
@@ -133,7 +134,7 @@ def with_model(
         yield found, bars
     finally:
         bars.stop()
-        _close(loom)
+        close(loom)
 
 
 def _check_writable(loom: KVLoom) -> None:
@@ -180,15 +181,20 @@ def _settings_of(options: Options, ref: Ref, *, create: bool) -> dict[str, Any] 
         return settings
 
 
-def _open(
+def open_loom(
     options: Options,
-    known: dict[str, Any] | None,
+    known: Mapping[str, Any] | None,
     model: str | None,
     dtype: str | None,
-    bars: Bars,
+    progress: Progress,
     *,
     must_exist: bool,
+    check: bool = False,
 ) -> KVLoom:
+    """The store, open with the model of a session's settings (``known``), which is loaded when it is first needed.
+
+    ``check``: refuse now if the model is not here, before a store is made; one should leave nothing behind then.
+    """
     from kvloom import config
     from kvloom.errors import ModelMismatch
     from kvloom.loom import DEFAULT_CODEC, KVLoom
@@ -200,7 +206,8 @@ def _open(
     if own and dtype not in (None, "auto", own):
         raise ModelMismatch("dtype", own, str(dtype))
     name = absolute(model or settings.get("model") or chosen.model)
-    resolve(name)  # before a store is made: a model that is not there should leave nothing behind
+    if check:
+        resolve(name)
     return KVLoom(
         options.path,
         model=name,
@@ -208,7 +215,7 @@ def _open(
         codec=chosen.codec or DEFAULT_CODEC,
         keyframe_spacing=int(chosen.keyframe_spacing),
         must_exist=must_exist,
-        progress=bars.stage,
+        progress=progress,
     )
 
 
@@ -227,7 +234,6 @@ def _undo(loom: KVLoom, made: list[Branch | Session]) -> None:
     """Take away what was made for a turn that never came."""
     from kvloom.errors import KVLoomError
     from kvloom.session import Session
-    from kvloom_store import cut, refs
 
     try:
         for each in reversed(made):
@@ -235,17 +241,13 @@ def _undo(loom: KVLoom, made: list[Branch | Session]) -> None:
                 if all(turn.role == "system" for turn in each.tree()):
                     loom.remove(each.name)
                 continue
-            with loom.database.write() as conn:
-                point = refs.resolve(conn, parse(f"{each.session.name}@{each.name}")[0])
-                if point.branch is not None and point.turn == each.row.turn:
-                    refs.remove_branch(conn, point.branch.row)
-                    if point.turn is not None:
-                        cut.discard(conn, point.turn)
+            each.session.discard(each)
     except KVLoomError as error:
         warn(f"could not tidy up: {error}")
 
 
-def _close(loom: KVLoom) -> None:
+def close(loom: KVLoom) -> None:
+    """Close a store; state that cannot be stored is worth a warning, no more."""
     from kvloom.errors import KVLoomError
 
     try:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvloom.cli.common import Options, reading
-from kvloom.cli.terminal import clean, columns, dim, print_json, warn
+from kvloom.cli.terminal import columns, dim, print_json, warn
 from kvloom.cli.tokens import no_tokenizer, path_of
+from kvloom.shown import clean
 
 if TYPE_CHECKING:
     from kvloom.scores import TokenScore
@@ -83,13 +84,14 @@ def _rows(tokenizer: Decoder | None, before: Sequence[int], scores: Sequence[Tok
 
 def _cells(row: dict[str, Any]) -> list[str]:
     likely = [each for each in row["top"] if each["id"] != row["id"] and math.exp(each["logprob"]) >= LEAST_SHOWN]
-    others = [f"{_named(each)} {_percent(each)}" for each in likely]
-    return [str(row["position"]), _named(row), _percent(row), f"{row['entropy']:.2f}", "  ".join(others)]
+    others = [f"{_named(each)} {percent(each['logprob'])}" for each in likely]
+    return [str(row["position"]), _named(row), percent(row["logprob"]), f"{row['entropy']:.2f}", "  ".join(others)]
 
 
 def _named(token: dict[str, Any]) -> str:
     return str(token["id"]) if token["text"] is None else clean(repr(token["text"]))
 
 
-def _percent(token: dict[str, Any]) -> str:
-    return f"{100 * math.exp(token['logprob']):.1f}%"
+def percent(logprob: float) -> str:
+    """A probability as people read it."""
+    return f"{100 * math.exp(logprob):.1f}%"

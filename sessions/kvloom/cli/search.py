@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from kvloom.cli.common import Options, complete_ref, reading, shared
-from kvloom.cli.terminal import clean, dim, iso_time, local_time, print_json, stdout_is_terminal, styled_role, warn
+from kvloom.cli.terminal import dim, iso_time, print_json, stdout_is_terminal, styled_role, warn
+from kvloom.shown import clean, local_time
 
 if TYPE_CHECKING:
     from kvloom_store.search import Hit

@@ -7,22 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvloom.cli.common import Options, parse, reading, ref_argument, shared, short_ids
+from kvloom.cli.common import Options, parse, reading, ref_argument, shared
 from kvloom.cli.scores import show_scores, summary, told
-from kvloom.cli.terminal import (
-    clean,
-    columns,
-    dim,
-    iso_time,
-    local_time,
-    preview,
-    print_facts,
-    print_json,
-    seconds,
-    styled_role,
-    warn,
-)
+from kvloom.cli.terminal import columns, dim, iso_time, print_facts, print_json, styled_role, warn
 from kvloom.cli.tokens import no_tokenizer, show_tokens
+from kvloom.shown import clean, labels, local_time, preview, seconds, short_ids
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
@@ -167,18 +156,6 @@ def print_turns(
 def turn_json(turn: TreeTurn) -> dict[str, Any]:
     """A turn as ``log`` and ``tree`` print it with ``--json``."""
     return {**turn.to_json(), "created": iso_time(turn.created)}
-
-
-def labels(turn: TreeTurn) -> list[str]:
-    """What is noted beside a turn: branches, tags, and that it did not end by itself."""
-    notes = [f"[{name}]" for name in turn.branches] + [f"#{name}" for name in turn.tags]
-    if turn.continues:
-        notes.append("(continued)")
-    if turn.finish_reason in ("interrupted", "length"):
-        notes.append(f"({turn.finish_reason})")
-    if turn.cut:
-        notes.append("(cut)")
-    return notes
 
 
 def _print_turn(turn: TreeTurn, short: str, *, first: bool) -> None:

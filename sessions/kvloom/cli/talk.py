@@ -13,7 +13,8 @@ import click
 
 from kvloom.cli.common import F, Options, ref_argument, shared
 from kvloom.cli.opening import Talk, model_options, new_session_options, talking
-from kvloom.cli.terminal import clean, dim, preview, print_json, seconds, stdout_is_terminal, warn
+from kvloom.cli.terminal import dim, print_json, stdout_is_terminal, warn
+from kvloom.shown import clean, preview, told
 
 if TYPE_CHECKING:
     from kvloom.report import Reply
@@ -214,16 +215,7 @@ def tell(reply: Reply, *, brief: bool = False) -> None:
     for option in sorted(reply.choice.options, key=lambda each: -each.logprob) if reply.choice else ():
         per_token = f"{option.logprob:.2f}, {option.mean_logprob:.2f} a token"
         dim(f"{100 * option.probability:5.1f}%  {preview(option.text, 60)}  ({per_token})")
-    tokens = reply.tokens
-    parts = [f"{reply.session}@{reply.branch}"]
-    if reply.finish_reason != "stop":
-        parts.append({"length": "stopped at its limit"}.get(reply.finish_reason, reply.finish_reason))
-    parts.append(f"reused {tokens.reused}, replayed {tokens.replayed}, computed {tokens.computed}")
-    if reply.seconds.first_token is not None:
-        parts.append(f"first token {seconds(reply.seconds.first_token)}")
-    if reply.tokens_per_second is not None:
-        parts.append(f"{reply.tokens_per_second:.1f} tokens/s")
-    dim(" · ".join(parts))
+    dim(told(reply))
 
 
 class Stopped:

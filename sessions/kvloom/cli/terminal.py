@@ -14,26 +14,9 @@ from typing import Any
 
 import click
 
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+from kvloom.shown import clean, role_style
+
 _UNSAFE_JSON = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-_ROLES = {"system": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow"}
-
-
-def clean(text: str) -> str:
-    """Text without anything a terminal would obey: control characters become visible signs."""
-    return _CONTROL.sub(_visible, text.replace("\r\n", "\n"))
-
-
-def _visible(match: re.Match[str]) -> str:
-    code = ord(match[0])
-    if code < 0x20:
-        return chr(0x2400 + code)
-    return "\u2421" if code == 0x7F else "\ufffd"
-
-
-def preview(text: str, characters: int = 200) -> str:
-    """The first words of a text, in one line."""
-    return clean(" ".join(text[: 4 * characters].split()))[:characters]
 
 
 def print_json(value: Any) -> None:
@@ -59,19 +42,9 @@ def warn(text: str) -> None:
     click.echo(f"{click.style('warning:', fg='yellow')} {clean(text)}", err=True)
 
 
-def role_style(role: str) -> str:
-    """The colour of a role, the same everywhere."""
-    return _ROLES.get(role, "white")
-
-
 def styled_role(role: str) -> str:
     """A role in its colour."""
     return click.style(clean(role), fg=role_style(role), bold=True)
-
-
-def local_time(us: int) -> str:
-    """A moment as people read it, in their own time zone."""
-    return datetime.fromtimestamp(us / 1e6).strftime("%Y-%m-%d %H:%M")
 
 
 def iso_time(us: int) -> str:
@@ -86,11 +59,6 @@ def size(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
-
-
-def seconds(value: float) -> str:
-    """A duration as people read it."""
-    return f"{value:.2f} s" if value >= 0.1 else f"{value * 1000:.0f} ms"
 
 
 def stdin_is_terminal() -> bool:

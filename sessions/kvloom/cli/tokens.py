@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from kvloom.cli.common import Options, reading, short_ids
-from kvloom.cli.terminal import clean, columns, dim, print_json, warn
+from kvloom.cli.common import Options, reading
+from kvloom.cli.terminal import columns, dim, print_json, warn
+from kvloom.shown import clean, short_ids
 
 if TYPE_CHECKING:
     import sqlalchemy as sa

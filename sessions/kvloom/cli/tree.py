@@ -1,21 +1,20 @@
-"""``kvloom tree``: the conversation as a drawing that grows to the right only where it branches.
-
-The longest way down from a turn stays in its column; the others hang off it, one step to the right. A branch
-drawn aside holds at most half of the turns below its turn, so a tree of n turns is at most log2(n) steps wide.
-"""
+"""``kvloom tree``: the conversation as a drawing in the terminal, as a picture, as a page."""
 
 from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from kvloom.cli.common import Options, parse, reading, ref_argument, shared, short_ids
-from kvloom.cli.show import labels, turn_json
-from kvloom.cli.terminal import clean, preview, print_json, role_style
+from kvloom.cli.common import Options, parse, reading, ref_argument, shared
+from kvloom.cli.show import turn_json
+from kvloom.cli.terminal import dim, print_json
+from kvloom.picture.layout import Place, layout
+from kvloom.shown import clean, labels, preview, role_style, short_ids
 
 if TYPE_CHECKING:
     from kvloom.session import TreeTurn
@@ -29,23 +28,61 @@ LEAST_TEXT = 8
 @click.command(short_help="Draw a session as a tree.")
 @shared
 @ref_argument("session", metavar="SESSION")
-def tree(options: Options, session: str) -> None:
+@click.option("--svg", metavar="FILE", help="Write it as a picture instead (- is stdout).")
+@click.option("--html", metavar="FILE", help="Write it as a page that folds and searches instead (- is stdout).")
+def tree(options: Options, session: str, svg: str | None, html: str | None) -> None:
     """Draw SESSION as a tree: each turn's id, role, branches [in brackets], #tags and first words.
+
+    The picture and the page are whole files: they ask for nothing from outside and hold nothing that runs but the
+    page's own script. The page holds all text; what is said in it is as private as the file.
 
     \b
     Example:
       kvloom tree trip
+      kvloom tree trip --svg trip.svg --html trip.html
     """
+    if (svg is not None and svg == html) or ("-" in (svg, html) and options.json):
+        raise click.UsageError("the picture, the page and --json each need a place of their own")
     with reading(options) as reader:
         found = reader.find(parse(session)[0].session)
         turns = found.tree()
+        branches = found.branches()
         with reader.database.read() as conn:
             short = short_ids(conn, found.row.row)
+    tips = {name for turn in turns for name in turn.branches}
+    empty = [branch.name for branch in branches if branch.name not in tips]
+    if svg is not None or html is not None:
+        return _write_pictures(options, found.name, turns, short, empty, {"svg": svg, "html": html})
     if options.json:
         turns_json = [turn_json(turn) for turn in turns]
         return print_json({"session": found.name, "branch": None, "turns": turns_json})
-    empty = [branch.name for branch in found.branches() if not any(branch.name in turn.branches for turn in turns)]
     return print_tree(found.name, turns, short, empty)
+
+
+def _write_pictures(
+    options: Options,
+    name: str,
+    turns: Sequence[TreeTurn],
+    short: Callable[[str | None], str],
+    empty: Sequence[str],
+    files: dict[str, str | None],
+) -> None:
+    from kvloom.picture.page import page
+    from kvloom.picture.svg import svg
+
+    wanted = {kind: file for kind, file in files.items() if file is not None}
+    for kind, file in wanted.items():
+        data = (svg if kind == "svg" else page)(name, turns, short, empty).encode()
+        if file == "-":
+            click.echo(data, nl=False)
+        else:
+            Path(file).write_bytes(data)
+    if options.json:
+        return print_json({"session": name, "turns": len(turns), **wanted})
+    for file in wanted.values():
+        if file != "-":
+            dim(f"{file}: {len(turns)} turns of {name}")
+    return None
 
 
 def print_tree(
@@ -60,38 +97,13 @@ def print_tree(
     signs = UNICODE if (sys.stdout.encoding or "").lower().startswith("utf") else ASCII
     head = click.style(clean(name), bold=True)
     lines = [" ".join([head, *(click.style(f"[{branch}]", fg="yellow", bold=True) for branch in empty)])]
-    for turn, columns in layout(turns):
-        lines.append(_line(turn, columns, short(turn.id), signs, width, current))
+    for place in layout(turns):
+        lines.append(_line(place, short(place.node.id), signs, width, current))
     click.echo("\n".join(lines))
 
 
-def layout(turns: Sequence[TreeTurn]) -> Iterator[tuple[TreeTurn, tuple[int, bool]]]:
-    """The turns in the order of their lines, each with (steps to the right, whether it hangs off the line above)."""
-    children: dict[str | None, list[TreeTurn]] = {}
-    below: dict[str, int] = {}
-    for turn in turns:
-        children.setdefault(turn.parent, []).append(turn)
-    for turn in reversed(turns):
-        below[turn.id] = 1 + sum(below[child.id] for child in children.get(turn.id, ()))
-    waiting: list[tuple[TreeTurn, int, bool]] = _placed(children.get(None, []), below, 0)
-    while waiting:
-        turn, depth, aside = waiting.pop()
-        yield turn, (depth, aside)
-        waiting += _placed(children.get(turn.id, []), below, depth)
-
-
-def _placed(turns: list[TreeTurn], below: dict[str, int], depth: int) -> list[tuple[TreeTurn, int, bool]]:
-    """Siblings as a stack: the last one is drawn first, the first one stays in the column."""
-    if not turns:
-        return []
-    trunk = max(turns, key=lambda turn: below[turn.id])
-    aside = [(turn, depth + 1, True) for turn in reversed(turns) if turn is not trunk]
-    return [(trunk, depth, False), *aside]
-
-
 def _line(
-    turn: TreeTurn,
-    columns: tuple[int, bool],
+    place: Place[TreeTurn],
     short: str,
     signs: tuple[str, str, str, str],
     width: int,
@@ -100,8 +112,8 @@ def _line(
     from rich.cells import cell_len, set_cell_size
 
     dot, bar, hook, more = signs
-    depth, aside = columns
-    rails, colour = bar * (depth - aside) + (hook if aside else ""), role_style(turn.role)
+    turn = place.node
+    rails, colour = bar * (place.column - place.aside) + (hook if place.aside else ""), role_style(turn.role)
     notes = [clean(note) for note in labels(turn)]
     room = width - cell_len(" ".join([f"{rails}{dot}", short, turn.role, *notes])) - 2
     parts = [click.style(rails, dim=True) + click.style(dot, fg=colour), click.style(short, dim=True)]

@@ -12,7 +12,8 @@ from kvloom.cli.asking import told
 from kvloom.cli.common import Options, complete_ref, parse, reading, shared
 from kvloom.cli.opening import with_model
 from kvloom.cli.talk import Stopped, interruptible
-from kvloom.cli.terminal import clean, dim, print_json, seconds, warn
+from kvloom.cli.terminal import dim, print_json, warn
+from kvloom.shown import clean, seconds
 
 if TYPE_CHECKING:
     from kvloom.report import Added

@@ -11,7 +11,8 @@ import click
 from kvloom.cli.common import Options, parse, ref_argument, shared
 from kvloom.cli.opening import absolute, model_options, template_of
 from kvloom.cli.talk import read_text
-from kvloom.cli.terminal import clean, print_facts, print_json, seconds
+from kvloom.cli.terminal import print_facts, print_json
+from kvloom.shown import clean, seconds
 
 if TYPE_CHECKING:
     from kvloom.why import Cost, Difference, Foreseen, Why
