@@ -22,9 +22,12 @@ if TYPE_CHECKING:
     from kvloom.choices import Choice, Option
     from kvloom.engine import TransformersEngine
     from kvloom.errors import KVLoomError
+    from kvloom.explore.plan import ExploreSettings
+    from kvloom.explore.search import Event, Found, Node, Search
     from kvloom.loom import KVLoom, load_engine, open
     from kvloom.planned import PlannedBranch
     from kvloom.report import Added, Cost, Reply, Restored, Seconds, Tokens
+    from kvloom.sample import Sample
     from kvloom.sampling import SamplingSettings
     from kvloom.scores import TokenScore
     from kvloom.session import Session, TreeTurn
@@ -36,13 +39,19 @@ __all__ = [
     "ChatTemplate",
     "Choice",
     "Cost",
+    "Event",
+    "ExploreSettings",
+    "Found",
     "KVLoom",
     "KVLoomError",
+    "Node",
     "Option",
     "PlannedBranch",
     "Reply",
     "Restored",
+    "Sample",
     "SamplingSettings",
+    "Search",
     "Seconds",
     "Session",
     "TokenScore",
@@ -61,13 +70,19 @@ _HOME = {
     "ChatTemplate": "template",
     "Choice": "choices",
     "Cost": "report",
+    "Event": "explore.search",
+    "ExploreSettings": "explore.plan",
+    "Found": "explore.search",
     "KVLoom": "loom",
     "KVLoomError": "errors",
+    "Node": "explore.search",
     "Option": "choices",
     "PlannedBranch": "planned",
     "Reply": "report",
     "Restored": "report",
+    "Sample": "sample",
     "SamplingSettings": "sampling",
+    "Search": "explore.search",
     "Seconds": "report",
     "Session": "session",
     "TokenScore": "scores",
