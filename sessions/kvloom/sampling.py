@@ -7,7 +7,6 @@ continued or resumed in another process with nothing but its seed.
 
 from __future__ import annotations
 
-import math
 import secrets
 import struct
 from collections.abc import Mapping, Sequence
@@ -15,8 +14,8 @@ from dataclasses import dataclass, fields
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
-from kvloom.errors import EngineError, SessionError
-from kvloom.filters import float32, penalised, weighted
+from kvloom.errors import SessionError
+from kvloom.filters import check_usable, float32, penalised, weighted
 
 if TYPE_CHECKING:
     import torch
@@ -169,11 +168,7 @@ def choose(
     scores = penalised(float32(logits), settings.repetition_penalty, seen)
     best = int(scores.argmax())  # documented to be the first of equals; a NaN counts as the largest
     top = float(scores[best])
-    if not math.isfinite(top):
-        raise EngineError(
-            f"the model gave no usable logits: the largest is {top}",
-            hint="check the model's files, or run it in float32",
-        )
+    check_usable(top)
     if settings.temperature == 0.0:
         return best
     ids, weights = weighted(scores, top, settings)
