@@ -116,7 +116,7 @@ class Branch:
         return self._several(text, settings, self._options(True, False, cancel, progress), partial(SampleRun, n, told))
 
     def beam(self, text: str | None = None, **options: Any) -> list[Sample]:
-        """The likeliest replies that a beam search finds, best first, each on a new branch. ``options``: as ``beaming``.
+        """The likeliest replies, as a beam search finds them, best first, each on a new branch. See ``beaming``.
 
         They are those of transformers' ``generate(num_beams=width, num_return_sequences=width, do_sample=False)``, with
         its ``length_penalty`` and ``early_stopping``. The branch stays at the message, as in ``sample``.

@@ -196,7 +196,7 @@ class SampleRun(Run):
         paths = self._paths
         spent, generated = time.perf_counter() - started, sum(len(path.tokens) for path in paths)
         self._computed += sum(self._ran(path) for path in paths)
-        stopped = any(path.reason in (None, "interrupted") for path in paths)
+        stopped = not paths or any(path.reason in (None, "interrupted") for path in paths)
         self._finish(turn, "", "interrupted" if stopped else "stop", account, (), began, started, 0.0)
         assert self._reply is not None
         tokens = replace(self._reply.tokens, generated=generated)
