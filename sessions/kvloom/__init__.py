@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kvloom.loom import KVLoom, load_engine, open
     from kvloom.planned import PlannedBranch
     from kvloom.report import Added, Cost, Reply, Restored, Seconds, Tokens
+    from kvloom.sample import Sample
     from kvloom.sampling import SamplingSettings
     from kvloom.scores import TokenScore
     from kvloom.session import Session, TreeTurn
@@ -42,6 +43,7 @@ __all__ = [
     "PlannedBranch",
     "Reply",
     "Restored",
+    "Sample",
     "SamplingSettings",
     "Seconds",
     "Session",
@@ -67,6 +69,7 @@ _HOME = {
     "PlannedBranch": "planned",
     "Reply": "report",
     "Restored": "report",
+    "Sample": "sample",
     "SamplingSettings": "sampling",
     "Seconds": "report",
     "Session": "session",

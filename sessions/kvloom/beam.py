@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from kvloom.errors import SessionError
 from kvloom.filters import check_usable, float32
 from kvloom.growing import Growing, Told
-from kvloom.sample import MAX_SIBLINGS, SampleRun
+from kvloom.sample import SampleRun
+from kvloom.sampling import check_siblings
 from kvloom.scores import TokenScore, scores_of
 from kvloom.siblings import Siblings
 
@@ -42,8 +43,7 @@ class BeamSettings:
     early_stopping: bool | Literal["never"] = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.width, bool) or not isinstance(self.width, int) or not 1 <= self.width <= MAX_SIBLINGS:
-            raise SessionError(f"width is {self.width!r}; it must be from 1 to {MAX_SIBLINGS}", hint="change width")
+        check_siblings("width", self.width)
         if not isinstance(self.length_penalty, int | float) or not -10 <= self.length_penalty <= 10:
             raise SessionError(
                 f"length_penalty is {self.length_penalty!r}; it must be a number from -10 to 10",
@@ -211,4 +211,5 @@ class BeamRun(SampleRun):
         return self._beams.ran if self._beams is not None and path is self._paths[0] else 0
 
     def _settings_for(self, path: Growing) -> dict[str, Any]:
-        return {**super()._settings_for(path), "beam": {**asdict(self._search), "score": self._score(path)}}
+        search = asdict(self._search)
+        return {**super()._settings_for(path), "beam_width": search.pop("width"), **search, "score": self._score(path)}

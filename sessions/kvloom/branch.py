@@ -12,7 +12,7 @@ from kvloom.choices import Choice, check_texts
 from kvloom.errors import InvalidText, ModelMismatch, NothingToDo, RefNotFound, SessionError
 from kvloom.path import merged, path_to, tip_of
 from kvloom.plaintext import check_unicode
-from kvloom.sampling import SamplingSettings
+from kvloom.sampling import SamplingSettings, check_siblings
 from kvloom_store import refs, trie
 from kvloom_store.names import Ref
 from kvloom_store.refs import Branch as BranchRow
@@ -108,10 +108,9 @@ class Branch:
         **sampling: Any,
     ) -> SampleRun:
         """The run behind ``sample``; ``told`` is called after each step with how many tokens were chosen in it."""
-        from kvloom.sample import MAX_SIBLINGS, SampleRun
+        from kvloom.sample import SampleRun
 
-        if not 1 <= n <= MAX_SIBLINGS:
-            raise SessionError(f"n is {n}; it must be from 1 to {MAX_SIBLINGS}", hint="change n")
+        check_siblings("n", n)
         settings = self._chosen(None, {"temperature": 1.0, **sampling})
         return self._several(text, settings, self._options(True, False, cancel, progress), partial(SampleRun, n, told))
 

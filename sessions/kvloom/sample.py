@@ -26,10 +26,6 @@ if TYPE_CHECKING:
     from kvloom.live import LiveState
 
 
-MAX_SIBLINGS = 256
-"""Replies sampled at once."""
-
-
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One of several replies. ``reply`` names the branch it is on; ``logprob`` is the sum over its tokens (nats).
@@ -47,6 +43,12 @@ class Sample:
     def mean_logprob(self) -> float:
         """The log-probability a token: what replies of unequal length are compared by."""
         return self.logprob / self.tokens if self.tokens else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The object ``--json`` prints for each."""
+        reply, figures = self.reply, {"score": self.score, "logprob": self.logprob, "mean_logprob": self.mean_logprob}
+        named = {"branch": reply.branch, "turn": reply.turn, "text": reply.text, "finish_reason": reply.finish_reason}
+        return {**named, **figures, "tokens": self.tokens, "seed": reply.seed}
 
 
 def seed_of(seed: int, number: int) -> int:

@@ -20,12 +20,13 @@ from kvloom.filters import check_usable, float32, penalised, weighted
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MAX_SEED", "SamplingSettings", "choose", "fresh_seed", "uniform"]
+__all__ = ["MAX_SEED", "SamplingSettings", "check_siblings", "choose", "fresh_seed", "uniform"]
 
 MAX_SEED = 2**63 - 1  # a signed 64-bit column holds it in every database
 MAX_COUNT = 2**31 - 1
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256  # characters
+MAX_SIBLINGS = 256  # replies at once
 
 # Part of the definition of ``uniform``: another person string is another sequence for every seed ever stored.
 _PERSON = b"kvloom-uniform-1"
@@ -124,6 +125,11 @@ class SamplingSettings:
                 hint="known are " + ", ".join(sorted(known)),
             )
         return cls(**plain)
+
+
+def check_siblings(name: str, count: object) -> None:
+    """Check how many replies are asked for at once. Raises SessionError."""
+    _count(name, count, 1, MAX_SIBLINGS)
 
 
 def fresh_seed() -> int:
