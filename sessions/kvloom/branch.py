@@ -150,15 +150,6 @@ class Branch:
         options = self._options(True, False, cancel, progress)
         return self._several(text, settings, options, partial(BeamRun, search, told))
 
-    def accept(self, sample: Sample) -> None:
-        """Move this branch to one of several replies; the branch that it is on stays. Raises RefNotFound."""
-        with self._loom.database.write() as conn:
-            point = refs.resolve(conn, Ref(self.session.name, self.name, 0))
-            if point.branch is None:
-                raise RefNotFound("branch", self.name)
-            to = refs.resolve(conn, Ref(self.session.name, sample.reply.turn, 0)).turn
-            self._row = refs.move_branch(conn, point.branch.row, point.turn, to)
-
     def choose(
         self,
         text: str,

@@ -263,7 +263,7 @@ def test_replies_to_the_last_message_and_more_of_a_stopped_one(store_path: Path,
         first = branch.beam(SAID, width=2, max_tokens=5, stop=["e"])
         again = branch.beam(width=2, max_tokens=5, stop=["e"])
         assert [each.reply.text for each in first] == [each.reply.text for each in again]
-        branch.accept(again[0])
+        branch.move_to(again[0].reply.turn)
         assert branch.log()[-1].text == again[0].reply.text
     with open_one(store_path, engines["endless"]) as loom:
         branch = loom.session("stopped").branch()

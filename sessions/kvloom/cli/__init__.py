@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from kvloom._version import __version__
-from kvloom.cli import about, chat, cost, edit, manage, sample, show, talk, tree, warm
+from kvloom.cli import about, chat, cost, edit, explore, manage, sample, show, talk, tree, warm
 from kvloom.cli.common import json_option, store_option
 from kvloom.cli.terminal import clean, never_fail_to_print, wants_color
 from kvloom.errors import KVLoomError
@@ -27,7 +27,7 @@ CLOSED_PIPE = 141
 
 _SECTIONS = {
     "Talk": [chat.chat, talk.say, talk.continue_, talk.regenerate],
-    "Explore": [sample.sample],
+    "Explore": [sample.sample, explore.explore],
     "Branch": [manage.fork, edit.edit, manage.tag, manage.rename, manage.rm],
     "State": [warm.warm],
     "Look": [show.ls, show.branches, show.log, tree.tree, show.show, about.stats, cost.cost],

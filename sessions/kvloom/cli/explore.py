@@ -110,7 +110,7 @@ def _settings(values: dict[str, Any]) -> dict[str, Any]:
 
 def _conclude(session: Session, search: Search, accept: str | None, prune: bool) -> dict[str, Any]:
     """Accept and prune, if the search is over and that was asked for; what was done."""
-    found, done = search.result, {"accepted": None, "pruned": 0}
+    found, done = search.result, dict[str, Any](accepted=None, pruned=0)
     if found.finished and found.best is not None:
         if accept:
             search.accept(accept)

@@ -27,6 +27,7 @@ class Bars:
         self._title = ""
         self._chosen = 0
         self._deciding: float | None = None  # when the first tokens were chosen
+        self.doing = ""  # what is told besides, while they are
 
     def stage(self, name: str, fraction: float) -> None:
         """Loading or converting a model has got so far."""
@@ -46,7 +47,8 @@ class Bars:
             self._deciding = now
         if self._shown and now - self._deciding > PATIENCE:
             rate = self._chosen / (now - self._deciding)
-            self._show("decoding", None, f"{self._chosen:,} tokens, {rate:.1f} tokens/s")
+            told = [self.doing, f"{self._chosen:,} tokens, {rate:.1f} tokens/s"]
+            self._show("decoding", None, " · ".join(filter(None, told)))
 
     def stop(self) -> None:
         """Take the bar away."""

@@ -68,7 +68,7 @@ def sample(options: Options, ref: str, text: str | None, count: int | None, acce
         talk.progress.stop()
         accepted = accept and bool(found) and not stopped.signal
         if accepted:
-            talk.branch.accept(found[0])
+            talk.branch.move_to(found[0].reply.turn)
         _show(options, talk, run, found, accepted)
     if stopped.signal:
         raise click.exceptions.Exit(128 + stopped.signal)
