@@ -21,6 +21,7 @@ BELOW = {
 TENSORS = {
     "blocks",
     "engine",
+    "explore.rounds",
     "layers",
     "live",
     "loop",

@@ -57,6 +57,33 @@ def test_a_conversation_goes_on_after_a_restart_and_after_a_kill(model, tmp_path
     assert re.search(r"reused [1-9]\d*, replayed 0,", third)
 
 
+def test_of_eight_replies_the_best_goes_on(model, tmp_path):
+    shown = output("best_of.py", "--model", model, "--store", tmp_path / "store.db")
+
+    assert len(re.findall(r"^main-\d .* of 3 words", shown, re.MULTILINE)) == 8
+    assert "main goes on with:" in shown
+
+
+def test_a_tree_of_thought_goes_on_after_a_kill(model, tmp_path):
+    whole = output("tree_of_thought.py", "--model", model, "--store", tmp_path / "whole.db")
+    killed = run("tree_of_thought.py", "--model", model, "--store", tmp_path / "killed.db", "--kill")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    again = output("tree_of_thought.py", "--model", model, "--store", tmp_path / "killed.db")
+
+    nodes = re.compile(r"^[* ] +explore/.*$", re.MULTILINE)
+    assert nodes.findall(again) == nodes.findall(whole)
+    assert re.search(r"^(not )?right: 7 apples", again, re.MULTILINE)
+    assert "going on with" in again
+
+
+def test_a_model_judges(model, tmp_path):
+    shown = output("tree_of_thought.py", "--model", model, "--store", tmp_path / "store.db", "--judge")
+
+    scores = [float(score) for score in re.findall(r"explore/\S+ (\S+)", shown)]
+    assert scores
+    assert all(1 <= score <= 9 for score in scores)
+
+
 def test_a_loop_of_ones_own_finds_what_it_gave_back(model, tmp_path):
     lines = output("own_loop.py", "--model", model, "--store", tmp_path / "store.db").splitlines()
     held = [[int(number) for number in re.findall(r"\d+", line)[:3]] for line in lines]

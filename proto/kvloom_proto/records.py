@@ -151,6 +151,11 @@ class Pass:
     def end(self) -> int:
         return self.start + self.tokens * self.count
 
+    @property
+    def is_sibling(self) -> bool:
+        """Whether it ran in a batch over shared tokens: one path alone there rounds otherwise than a plain pass."""
+        return self.batch > 1 or self.shared > 0
+
     def each(self) -> Iterator[tuple[int, int]]:
         """Each single forward pass as (start, end)."""
         for start in range(self.start, self.end, self.tokens):

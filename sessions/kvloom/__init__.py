@@ -23,9 +23,12 @@ if TYPE_CHECKING:
     from kvloom.diff import Diff
     from kvloom.engine import TransformersEngine
     from kvloom.errors import KVLoomError
+    from kvloom.explore.plan import ExploreSettings
+    from kvloom.explore.search import Event, Found, Node, Search
     from kvloom.loom import KVLoom, load_engine, open
     from kvloom.planned import PlannedBranch
     from kvloom.report import Added, Cost, Reply, Restored, Seconds, Tokens
+    from kvloom.sample import Sample
     from kvloom.sampling import SamplingSettings
     from kvloom.scores import TokenScore
     from kvloom.session import Session, TreeTurn
@@ -39,13 +42,19 @@ __all__ = [
     "Choice",
     "Cost",
     "Diff",
+    "Event",
+    "ExploreSettings",
+    "Found",
     "KVLoom",
     "KVLoomError",
+    "Node",
     "Option",
     "PlannedBranch",
     "Reply",
     "Restored",
+    "Sample",
     "SamplingSettings",
+    "Search",
     "Seconds",
     "Session",
     "TokenScore",
@@ -66,13 +75,19 @@ _HOME = {
     "Choice": "choices",
     "Cost": "report",
     "Diff": "diff",
+    "Event": "explore.search",
+    "ExploreSettings": "explore.plan",
+    "Found": "explore.search",
     "KVLoom": "loom",
     "KVLoomError": "errors",
+    "Node": "explore.search",
     "Option": "choices",
     "PlannedBranch": "planned",
     "Reply": "report",
     "Restored": "report",
+    "Sample": "sample",
     "SamplingSettings": "sampling",
+    "Search": "explore.search",
     "Seconds": "report",
     "Session": "session",
     "TokenScore": "scores",

@@ -6,13 +6,13 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from kvloom.choices import Choice, check_texts
 from kvloom.errors import InvalidText, ModelMismatch, NothingToDo, RefNotFound, SessionError
 from kvloom.path import merged, path_to, tip_of
 from kvloom.plaintext import check_unicode
-from kvloom.sampling import SamplingSettings
+from kvloom.sampling import SamplingSettings, check_siblings
 from kvloom_store import refs, trie, turns
 from kvloom_store.names import Ref
 from kvloom_store.refs import Branch as BranchRow
@@ -90,7 +90,7 @@ class Branch:
     ) -> list[Sample]:
         """Several replies to one message, decoded together, each on a new branch; this one stays at the message.
 
-        ``text`` is said first; without it they are replies to the last message, or go on with a stopped reply.
+        ``text`` is said first; without it they are other replies to the last message, or go on with a stopped reply.
         ``sampling`` as in ``stream``, with a temperature of 1 unless one is given: siblings of temperature 0 would all
         say the same. Each has a seed of its own, made from the one given.
 
@@ -111,22 +111,47 @@ class Branch:
         **sampling: Any,
     ) -> SampleRun:
         """The run behind ``sample``; ``told`` is called after each step with how many tokens were chosen in it."""
-        from kvloom.sample import MAX_SIBLINGS, SampleRun
+        from kvloom.sample import SampleRun
 
-        if not 1 <= n <= MAX_SIBLINGS:
-            raise SessionError(f"n is {n}; it must be from 1 to {MAX_SIBLINGS}", hint="change n")
+        check_siblings("n", n)
         settings = self._chosen(None, {"temperature": 1.0, **sampling})
-        options, run = self._options(True, False, cancel, progress), partial(SampleRun, n, told)
-        if text is not None:
-            parent, tip, prompt, messages = self._prompt(text)
-            made = self._run(parent, tip, prompt.ids, prompt.kept, messages[-1], settings, options, run=run)
-        else:
-            parent, tip = self._unfinished(*self._path())
-            continues, ids = parent.role == "assistant", self._ids_to(tip)
-            self._loom.engine.check_ids(ids)
-            made = self._run(parent, tip, ids, len(ids), None, settings, options, continues=continues, run=run)
-        assert isinstance(made, SampleRun)
-        return made
+        return self._several(text, settings, self._options(True, False, cancel, progress), partial(SampleRun, n, told))
+
+    def beam(self, text: str | None = None, **options: Any) -> list[Sample]:
+        """The likeliest replies, as a beam search finds them, best first, each on a new branch. See ``beaming``.
+
+        They are those of transformers' ``generate(num_beams=width, num_return_sequences=width, do_sample=False)``, with
+        its ``length_penalty`` and ``early_stopping``. The branch stays at the message, as in ``sample``.
+
+        Raises:
+            SessionError: a setting makes no sense, or the model's paths cannot be decoded together; nothing is stored.
+            InvalidText, ModelMismatch, ContextOverflow, NothingToDo
+        """
+        return self.beaming(text, **options).finished()
+
+    def beaming(
+        self,
+        text: str | None = None,
+        *,
+        width: int = 4,
+        length_penalty: float = 1.0,
+        early_stopping: bool | Literal["never"] = True,
+        cancel: threading.Event | None = None,
+        progress: Progress | None = None,
+        told: Callable[[int], None] | None = None,
+        **sampling: Any,
+    ) -> SampleRun:
+        """The run behind ``beam``. ``text`` and ``told`` are those of ``sampling``, which here is ``max_tokens`` and
+        ``stop`` alone: a reply that says one of these texts has ended."""
+        from kvloom.beam import BeamRun, BeamSettings
+
+        search = BeamSettings(width, length_penalty, early_stopping)
+        if others := sorted(set(sampling) - {"max_tokens", "stop"}):
+            raise SessionError(f"a beam search does not sample: {others[0]} has no part in it", hint="leave it out")
+        settings = self._chosen(None, sampling)
+        search.check_for(self._loom.engine)
+        options = self._options(True, False, cancel, progress)
+        return self._several(text, settings, options, partial(BeamRun, search, told))
 
     def choose(
         self,
@@ -325,10 +350,16 @@ class Branch:
         parent, tip = tip_of(path, states)
         if parent is None or tip is None:
             raise NothingToDo("nothing was said on this branch yet", hint="kvloom say SESSION TEXT")
-        ended = bool(tip.tokens) and tip.tokens[-1] in self._loom.engine.eos_ids
-        if parent.role == "assistant" and (ended or self._ended_by_default(parent)):
+        if self._is_complete(parent, tip):
             raise NothingToDo("the reply is complete", hint="kvloom say goes on, kvloom regenerate tries again")
         return parent, tip
+
+    def _is_complete(self, turn: Turn | None, state: TurnState | None) -> bool:
+        """Whether a turn is a reply that has ended."""
+        if turn is None or state is None or turn.role != "assistant":
+            return False
+        ended = bool(state.tokens) and state.tokens[-1] in self._loom.engine.eos_ids
+        return ended or self._ended_by_default(turn)
 
     def _ids_to(self, tip: TurnState) -> list[int]:
         """The tokens of the path that ends with a turn's state."""
@@ -358,11 +389,37 @@ class Branch:
         return RunOptions(reuse, require_reuse, cancel, progress)
 
     def _go_on(
-        self, parent: Turn, tip: TurnState, settings: SamplingSettings, options: RunOptions, *, continues: bool
+        self,
+        parent: Turn,
+        tip: TurnState,
+        settings: SamplingSettings,
+        options: RunOptions,
+        *,
+        continues: bool,
+        run: Callable[..., Run] | None = None,
     ) -> Run:
         ids = self._ids_to(tip)
         self._loom.engine.check_ids(ids)
-        return self._run(parent, tip, ids, len(ids), None, settings, options, continues=continues)
+        return self._run(parent, tip, ids, len(ids), None, settings, options, continues=continues, run=run)
+
+    def _several(
+        self, text: str | None, settings: SamplingSettings, options: RunOptions, run: Callable[..., SampleRun]
+    ) -> SampleRun:
+        """A run that ends in several replies: to a text, to the last message, or going on with a stopped reply."""
+        from kvloom.sample import SampleRun
+
+        if text is not None:
+            parent, tip, prompt, messages = self._prompt(text)
+            made = self._run(parent, tip, prompt.ids, prompt.kept, messages[-1], settings, options, run=run)
+        else:
+            path, states = self._path()
+            if self._is_complete(*tip_of(path, states)):
+                while path and path[-1].role == "assistant":
+                    path.pop()
+            parent, tip = self._unfinished(path, states)
+            made = self._go_on(parent, tip, settings, options, continues=parent.role == "assistant", run=run)
+        assert isinstance(made, SampleRun)
+        return made
 
     def _run(
         self,

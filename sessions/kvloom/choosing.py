@@ -191,8 +191,7 @@ class ChoiceRun(Run):
             if isinstance(error, KeyboardInterrupt):
                 raise
             return
-        self._computed += _run_for(self._given) + len(best.ids)
-        said = time.perf_counter()
+        said, run_here = time.perf_counter(), _run_for(self._given) + len(best.ids)
         tokens = [*best.ids, *best.end]
         timings = {"first_token": said - began, "total": said - began, "restore": account.seconds}
         new = NewTurn(
@@ -203,10 +202,11 @@ class ChoiceRun(Run):
                 "logprobs": [option.logprob for option in choice.options],
                 "stop": list(self._settings.stop),
             },
-            timings={**timings, **self._noted(account, len(tokens))},
+            timings={**timings, **self._noted(account, len(tokens), run_here)},
             scores=[*thought, *(score(float32(logits), token) for token in best.end)],
         )
         turn, _ = self._commits.add(new, turn, state, self._ids + tokens, len(self._ids), live, [*passes, *ran])
+        self._computed += run_here
         self._finish(turn, best.text, "stop", account, tokens, began, said, said)
         assert self._reply is not None
         self._reply = replace(self._reply, choice=replace(choice, tokens=self._reply.tokens))

@@ -306,7 +306,7 @@ class TransformersEngine:
             for entry in schedule.passes:
                 if entry.start != live.length:
                     raise EngineError("the recorded passes do not follow what is held")
-                if entry.batch > 1:
+                if entry.is_sibling:
                     siblings.replay(self, live, ids, entry)
                     continue
                 for start, end in entry.each():

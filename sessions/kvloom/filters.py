@@ -5,6 +5,7 @@ In the order of transformers, and with its results; each filter is a pure functi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,15 @@ def float32(logits: torch.Tensor) -> torch.Tensor:
         raise EngineError(f"logits must be floats of shape [vocab], not {logits.dtype} {list(logits.shape)}")
     # On the CPU whatever the model runs on: other devices break ties differently or have no float64.
     return logits.detach().to("cpu", torch.float32)
+
+
+def check_usable(top: float) -> None:
+    """Refuse logits of which the largest is not a finite number (a NaN counts as the largest). Raises EngineError."""
+    if not math.isfinite(top):
+        raise EngineError(
+            f"the model gave no usable logits: the largest is {top}",
+            hint="check the model's files, or run it in float32",
+        )
 
 
 def penalised(scores: torch.Tensor, penalty: float, seen: Sequence[int] | torch.Tensor) -> torch.Tensor:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
-
-import torch
 
 from kvloom.filters import float32
 from kvloom.live import Link
@@ -19,6 +17,8 @@ from kvloom_proto.records import LayerSpec, Pass
 from kvloom_store.rows import Captured, RowSource
 
 if TYPE_CHECKING:
+    import torch
+
     from kvloom.engine import TransformersEngine
     from kvloom.live import LiveState
     from kvloom.siblings import Siblings
@@ -70,6 +70,18 @@ class Growing:
     passes: list[Pass] = field(default_factory=list)
     rows: RowSource | None = None
     reason: str | None = None
+
+    def copy(self) -> Growing:
+        """The same path so far, to go on with in another way."""
+        return replace(
+            self,
+            ids=self.ids.copy(),
+            stream=self.stream.copy(),
+            tokens=self.tokens.copy(),
+            scores=self.scores.copy(),
+            pieces=self.pieces.copy(),
+            passes=self.passes.copy(),
+        )
 
     def choose(self, logits: torch.Tensor) -> None:
         """Add the token that follows from the logits ``[vocab]``."""

@@ -78,4 +78,4 @@ def joined(passes: Sequence[Pass]) -> Schedule:
 
 def _columns(entry: Pass) -> int:
     """How many columns a batch had after a pass."""
-    return entry.own + entry.count if entry.batch > 1 else 0
+    return entry.own + entry.count if entry.is_sibling else 0

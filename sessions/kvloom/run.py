@@ -220,13 +220,16 @@ class Run:
         new = NewTurn(self._message, timings=self._noted(account))
         return self._commits.add(new, self._parent, self._tip, self._ids, self._kept, live, passes)
 
-    def _noted(self, account: Account, generated: int = 0) -> dict[str, Any]:
-        """What is kept with a turn of what it cost: bringing back and prefill count with the first that a run adds."""
+    def _noted(self, account: Account, generated: int = 0, ran: int = 0) -> dict[str, Any]:
+        """What is kept with a turn of what it cost: bringing back and prefill count with the first that a run adds.
+
+        ``ran``: tokens that were run after the prefill; where these are counted too, it is not timed by this turn.
+        """
         if self._has_noted:
-            return {"tokens": asdict(Tokens(generated=generated))}
+            return {"tokens": asdict(Tokens(computed=ran, generated=generated))}
         self._has_noted = True
-        tokens = Tokens(account.reused, account.replayed, self._computed, generated)
-        return {"tokens": asdict(tokens), "prefill": self._prefilled}
+        tokens = asdict(Tokens(account.reused, account.replayed, self._computed + ran, generated))
+        return {"tokens": tokens} if ran else {"tokens": tokens, "prefill": self._prefilled}
 
     def _prefill(self, live: LiveState, passes: list[tuple[int, int]]) -> Any:
         """Run the tokens that are not held; ``passes`` are those that ran, also if it was cancelled."""

@@ -6,15 +6,14 @@ import hashlib
 import struct
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from kvloom.commit import Addition, Commits, Held, NewBranch, commit_all
 from kvloom.growing import Growing, Told, grow, grow_alone
 from kvloom.passes import joined
 from kvloom.report import Reply, Seconds, Tokens
+from kvloom.resume import Account
 from kvloom.run import Run
 from kvloom.sampling import MAX_SEED
 from kvloom.siblings import Siblings
@@ -22,26 +21,34 @@ from kvloom.steps import NewTurn
 from kvloom_store.turns import Turn, TurnState
 
 if TYPE_CHECKING:
+    import torch
+
     from kvloom.live import LiveState
-    from kvloom.resume import Account
-
-
-MAX_SIBLINGS = 256
-"""Replies sampled at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One of several replies. ``reply`` names the branch it is on; ``logprob`` is the sum over its tokens (nats)."""
+    """One of several replies. ``reply`` names the branch it is on; ``logprob`` is the sum over its tokens (nats).
+
+    ``score``: the greater, the better. Of a reply that was sampled it is the mean log-probability, of one that a beam
+    search found what that went by.
+    """
 
     reply: Reply
     logprob: float
     tokens: int
+    score: float
 
     @property
     def mean_logprob(self) -> float:
         """The log-probability a token: what replies of unequal length are compared by."""
         return self.logprob / self.tokens if self.tokens else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The object ``--json`` prints for each."""
+        reply, figures = self.reply, {"score": self.score, "logprob": self.logprob, "mean_logprob": self.mean_logprob}
+        named = {"branch": reply.branch, "turn": reply.turn, "text": reply.text, "finish_reason": reply.finish_reason}
+        return {**named, **figures, "tokens": self.tokens, "seed": reply.seed}
 
 
 def seed_of(seed: int, number: int) -> int:
@@ -56,7 +63,7 @@ class SampleRun(Run):
     """A run that ends in several replies, none of which the branch moves to; afterwards they are its ``samples``.
 
     Stopped, the siblings keep what they have said so far. ``reply`` tells of them all: the tokens are sums, the text
-    and the turn are those of the likeliest.
+    and the turn are those of the best.
     """
 
     def __init__(self, count: int, told: Told | None, *args: Any, **options: Any) -> None:
@@ -64,6 +71,8 @@ class SampleRun(Run):
         super().__init__(*args, **options)
         self._count = count
         self._told_steps = told
+        self._paths: list[Growing] = []
+        self._account = Account()
         self.samples: list[Sample] = []
 
     def finished(self) -> list[Sample]:
@@ -83,17 +92,21 @@ class SampleRun(Run):
     ) -> Iterator[str]:
         if passes and turn is not None and state is not None:  # what was pending is run once, and stored once
             _, state = self._commits.add(turn, None, state, self._ids, state.start, live, passes)
-        paths = [self._path(number, live) for number in range(self._count)]
-        started = time.perf_counter()
+        self._account, started = account, time.perf_counter()
         try:
-            if self._engine.apart is None:
-                self._together(paths, live, logits, turn, state)
-            else:
-                self._one_by_one(paths, live, logits, turn, state)
+            self._decode(live, logits, turn, state)
         finally:
-            self._conclude(paths, turn, account, began, started)
+            self._conclude(turn, account, began, started)
         if self.samples and self._reply is not None:
             yield self._reply.text
+
+    def _decode(self, live: LiveState, logits: torch.Tensor, turn: Turn | None, state: TurnState | None) -> None:
+        """Let the paths grow, and commit them, however that ends."""
+        self._paths = [self._path(number, live) for number in range(self._count)]
+        if self._engine.apart is None:
+            self._together(self._paths, live, logits, turn, state)
+        else:
+            self._one_by_one(self._paths, live, logits, turn, state)
 
     def _path(self, number: int, live: LiveState) -> Growing:
         seed = seed_of(self._seed, number)
@@ -141,14 +154,26 @@ class SampleRun(Run):
         ]
         made = commit_all(self._loom, additions)
         for path, (commits, _), (added, _) in zip(paths, additions, made, strict=True):
-            self.samples.append(Sample(self._told(path, commits, added), path.logprob, len(path.tokens)))
+            told = self._told(path, commits, added)
+            self.samples.append(Sample(told, path.logprob, len(path.tokens), self._score(path)))
+
+    def _score(self, path: Growing) -> float:
+        return path.logprob / len(path.tokens)
+
+    def _ran(self, path: Growing) -> int:
+        """Tokens that were run for a path."""
+        return len(path.passes)
+
+    def _settings_for(self, path: Growing) -> dict[str, Any]:
+        """What is kept with a path's turn of how it was chosen."""
+        return {**path.settings.to_plain(), "seed": path.seed, "reopened": path.stream.reopened}
 
     def _addition(self, path: Growing, held: Held, turn: Turn | None, state: TurnState | None) -> Addition:
         new = NewTurn(
             {"role": "assistant", "content": path.text()},
             finish_reason=path.reason or "interrupted",
-            settings={**path.settings.to_plain(), "seed": path.seed, "reopened": path.stream.reopened},
-            timings={"tokens": asdict(Tokens(computed=len(path.passes), generated=len(path.tokens)))},
+            settings=self._settings_for(path),
+            timings=self._noted(self._account, len(path.tokens), self._ran(path)),
             continues=self._continues,
             scores=path.scores,
         )
@@ -161,25 +186,24 @@ class SampleRun(Run):
             turn=turn.id,
             text=turn.text,
             finish_reason=path.reason or "interrupted",
-            tokens=Tokens(reused=len(self._ids), computed=len(path.passes), generated=len(path.tokens)),
+            tokens=Tokens(reused=len(self._ids), computed=self._ran(path), generated=len(path.tokens)),
             seconds=Seconds(0.0, None, 0.0),
             tokens_per_second=None,
             model=self._engine.name,
             seed=path.seed,
         )
 
-    def _conclude(
-        self, paths: Sequence[Growing], turn: Turn | None, account: Account, began: float, started: float
-    ) -> None:
+    def _conclude(self, turn: Turn | None, account: Account, began: float, started: float) -> None:
         """Let ``reply`` tell of them all."""
+        paths = self._paths
         spent, generated = time.perf_counter() - started, sum(len(path.tokens) for path in paths)
-        self._computed += sum(len(path.passes) for path in paths)
-        stopped = any(path.reason in (None, "interrupted") for path in paths)
+        self._computed += sum(self._ran(path) for path in paths)
+        stopped = not paths or any(path.reason in (None, "interrupted") for path in paths)
         self._finish(turn, "", "interrupted" if stopped else "stop", account, (), began, started, 0.0)
         assert self._reply is not None
         tokens = replace(self._reply.tokens, generated=generated)
         rate = generated / spent if spent and generated else None
         self._reply = replace(self._reply, tokens=tokens, tokens_per_second=rate)
         if self.samples:
-            best = max(self.samples, key=lambda sample: sample.mean_logprob).reply
+            best = max(self.samples, key=lambda sample: sample.score).reply
             self._reply = replace(self._reply, branch=best.branch, turn=best.turn, text=best.text)

@@ -7,7 +7,6 @@ continued or resumed in another process with nothing but its seed.
 
 from __future__ import annotations
 
-import math
 import secrets
 import struct
 from collections.abc import Mapping, Sequence
@@ -15,18 +14,19 @@ from dataclasses import dataclass, fields
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
-from kvloom.errors import EngineError, SessionError
-from kvloom.filters import float32, penalised, weighted
+from kvloom.errors import SessionError
+from kvloom.filters import check_usable, float32, penalised, weighted
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MAX_SEED", "SamplingSettings", "choose", "fresh_seed", "uniform"]
+__all__ = ["MAX_SEED", "SamplingSettings", "check_siblings", "choose", "fresh_seed", "uniform"]
 
 MAX_SEED = 2**63 - 1  # a signed 64-bit column holds it in every database
 MAX_COUNT = 2**31 - 1
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256  # characters
+MAX_SIBLINGS = 256  # replies at once
 
 # Part of the definition of ``uniform``: another person string is another sequence for every seed ever stored.
 _PERSON = b"kvloom-uniform-1"
@@ -127,6 +127,11 @@ class SamplingSettings:
         return cls(**plain)
 
 
+def check_siblings(name: str, count: object) -> None:
+    """Check how many replies are asked for at once. Raises SessionError."""
+    _count(name, count, 1, MAX_SIBLINGS)
+
+
 def fresh_seed() -> int:
     """A seed nobody can predict, in [0, 2**63-1]; whoever draws it records it with the turn."""
     return secrets.randbits(63)
@@ -169,11 +174,7 @@ def choose(
     scores = penalised(float32(logits), settings.repetition_penalty, seen)
     best = int(scores.argmax())  # documented to be the first of equals; a NaN counts as the largest
     top = float(scores[best])
-    if not math.isfinite(top):
-        raise EngineError(
-            f"the model gave no usable logits: the largest is {top}",
-            hint="check the model's files, or run it in float32",
-        )
+    check_usable(top)
     if settings.temperature == 0.0:
         return best
     ids, weights = weighted(scores, top, settings)

@@ -15,7 +15,7 @@ from kvloom_proto.scores import TokenScore
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ALTERNATIVES", "TokenScore", "mean_logprob", "perplexity", "score"]
+__all__ = ["ALTERNATIVES", "TokenScore", "mean_logprob", "perplexity", "score", "scores_of"]
 
 ALTERNATIVES = 5
 """How many of the likeliest tokens are kept of each."""
@@ -23,6 +23,11 @@ ALTERNATIVES = 5
 
 def score(logits: torch.Tensor, token: int) -> TokenScore:
     """What the model thinks of a token, given the logits (float32 ``[vocab]``, on the CPU) it would be drawn from."""
+    return scores_of(logits, [token])[0]
+
+
+def scores_of(logits: torch.Tensor, tokens: Sequence[int]) -> list[TokenScore]:
+    """The same of several tokens that could stand in one place."""
     import torch
 
     logprobs = logits.log_softmax(0)
@@ -30,8 +35,9 @@ def score(logits: torch.Tensor, token: int) -> TokenScore:
     top = logprobs.topk(min(ALTERNATIVES, len(logprobs)))
     # The order in which topk returns equals is nobody's promise.
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    likeliest = sorted(pairs, key=lambda pair: (-pair[1], pair[0]))
-    return TokenScore(token, float(logprobs[token]), max(float(entropy), 0.0), tuple(likeliest))
+    likeliest = tuple(sorted(pairs, key=lambda pair: (-pair[1], pair[0])))
+    uncertain = max(float(entropy), 0.0)
+    return [TokenScore(token, float(logprobs[token]), uncertain, likeliest) for token in tokens]
 
 
 def mean_logprob(scores: Sequence[TokenScore]) -> float:

@@ -97,10 +97,14 @@ class Siblings:
         self.own += 1
         return logits
 
-    def select(self, paths: Sequence[int]) -> Siblings:
-        """Some of the paths, in this order, perhaps one several times, in memory of their own."""
+    def select(self, paths: Sequence[int], *, steps: int | None = None) -> Siblings:
+        """Some of the paths, in this order, perhaps one several times, in memory of their own.
+
+        There is room for ``steps`` more of each: as many as there is room for here, unless they are given.
+        """
         lengths = [self.own - self._pads[path] for path in paths]
-        room = next(iter(self.tensors.values()))[0].shape[2] - self.own if self.tensors else 0
+        left = next(iter(self.tensors.values()))[0].shape[2] - self.own if self.tensors else 0
+        room = left if steps is None else steps
         chosen = Siblings(self._engine, self._live, self.shared_tokens, lengths, room, own=self.own)
         for number, tensors in self.tensors.items():
             for mine, theirs in zip(tensors, chosen.tensors[number], strict=True):

@@ -7,6 +7,7 @@ tokens, not text, and are left out; added tokens that are not special (``<think>
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
@@ -132,6 +133,12 @@ class TextStream:
             return ""
         self._finished = True
         return self._emit(self._decode(self._window)[self._shown :], last=True)
+
+    def copy(self) -> TextStream:
+        """The same text so far, to go on from in another way."""
+        twin = copy.copy(self)
+        twin._window, twin._run, twin._pieces = self._window.copy(), self._run.copy(), self._pieces.copy()
+        return twin
 
     def _decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, as it would be if nothing came before them."""

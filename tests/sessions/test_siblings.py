@@ -123,14 +123,19 @@ def test_siblings_are_stored_and_go_on_bit_for_bit_in_a_new_process(
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [("llama", "bfloat16"), *[(k, "float32") for k in ("llama", "gemma3_text", "jamba")]]
+    ("kind", "dtype", "count"),
+    [
+        ("llama", "bfloat16", 3),
+        ("llama", "float32", 1),
+        *[(k, "float32", 3) for k in ("llama", "gemma3_text", "jamba")],
+    ],
 )
 def test_state_of_siblings_that_is_gone_comes_back_with_the_same_bits(
-    store_path: Path, engines: Any, kind: str, dtype: str
+    store_path: Path, engines: Any, kind: str, dtype: str, count: int
 ) -> None:
     with open_one(store_path, engines, kind, dtype) as loom:
         talk(loom)
-        samples = loom.find("talk").branch().sample(SAID, n=3, max_tokens=12, seed=8)
+        samples = loom.find("talk").branch().sample(SAID, n=count, max_tokens=12, seed=8)
         loom.flush()
         session = loom.find("talk")
         branches = [session.branch(sample.reply.branch) for sample in samples]

@@ -16,7 +16,24 @@ from typing import Any
 import click
 
 from kvloom._version import __version__
-from kvloom.cli import about, browse, chat, compact, cost, diff, edit, manage, search, show, talk, tree, warm, why
+from kvloom.cli import (
+    about,
+    browse,
+    chat,
+    compact,
+    cost,
+    diff,
+    edit,
+    explore,
+    manage,
+    sample,
+    search,
+    show,
+    talk,
+    tree,
+    warm,
+    why,
+)
 from kvloom.cli.common import json_option, store_option
 from kvloom.cli.terminal import never_fail_to_print, wants_color
 from kvloom.errors import KVLoomError
@@ -29,6 +46,7 @@ CLOSED_PIPE = 141
 _SECTIONS = {
     "Talk": [chat.chat, talk.say, talk.continue_, talk.regenerate],
     "Branch": [manage.fork, edit.edit, compact.compact, manage.tag, manage.rename, manage.rm],
+    "Explore": [sample.sample, explore.explore],
     "State": [warm.warm],
     "Look": [
         *(browse.browse, show.ls, show.branches, show.log, tree.tree, show.show),

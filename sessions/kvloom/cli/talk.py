@@ -28,7 +28,9 @@ def sampling_options(command: F) -> F:
     for option in reversed(
         [
             click.option("--max-tokens", type=int, metavar="N", help="End the reply after N tokens (default 512)."),
-            click.option("--temperature", type=float, metavar="T", help="0: always the likeliest token (default)."),
+            click.option(
+                "--temperature", type=float, metavar="T", help="0: always the likeliest token (default; of sample 1)."
+            ),
             click.option("--top-k", type=int, metavar="K", help="Choose among the K likeliest tokens."),
             click.option("--top-p", type=float, metavar="P", help="Choose among those that make up P of the whole."),
             click.option(
