@@ -111,13 +111,13 @@ def _settings(values: dict[str, Any]) -> dict[str, Any]:
 
 def _conclude(session: Session, search: Search, accept: str | None, prune: bool) -> dict[str, Any]:
     """Accept and prune, if the search is over and that was asked for; what was done."""
-    found, done = search.result, dict[str, Any](accepted=None, pruned=0)
+    found, done = search.result, dict[str, Any](accepted=None, deleted=[])
     if found.finished and found.best is not None:
         if accept:
             search.accept(accept)
             done["accepted"] = accept
         if prune:
-            done["pruned"] = len(search.prune())
+            done["deleted"] = search.prune()
     return done
 
 
@@ -141,6 +141,6 @@ def _show(options: Options, session: Session, found: Found, done: dict[str, Any]
         parts.insert(0, "stopped; the same command with --resume goes on")
     if done["accepted"]:
         parts.append(f"{done['accepted']} is at {found.best.branch if found.best else ''} now")
-    if done["pruned"]:
-        parts.append(f"{done['pruned']} branches deleted")
+    if done["deleted"]:
+        parts.append(f"{len(done['deleted'])} branches deleted")
     return dim(" · ".join(parts))
