@@ -170,12 +170,13 @@ class Branch:
         """The turns down to the branch as it stands now, and what this model made of them."""
         self._loom.prefetch(self.session.name, self.name)
         check_model(self.session.settings, self._loom)
+        root = self._loom.root
         with self._loom.database.read() as conn:
             point = refs.resolve(conn, Ref(self.session.name, self.name, 0))
             if point.branch is None:
                 raise RefNotFound("branch", self.name)
             self._row = point.branch
-            return path_to(conn, point.turn, self._loom.root)
+            return path_to(conn, point.turn, root)
 
     def _chosen(self, settings: SamplingSettings | None, sampling: Mapping[str, Any]) -> SamplingSettings:
         """What was asked for; under the default template a reply stops where the user would speak next."""
