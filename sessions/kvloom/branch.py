@@ -314,12 +314,13 @@ class Branch:
         """The turns down to the branch as it stands now, and what this model made of them."""
         self._loom.prefetch(self.session.name, self.name)
         check_model(self.session.settings, self._loom)
+        root = self._loom.root
         with self._loom.database.read() as conn:
             point = refs.resolve(conn, Ref(self.session.name, self.name, 0))
             if point.branch is None:
                 raise RefNotFound("branch", self.name)
             self._row = point.branch
-            return path_to(conn, point.turn, self._loom.root)
+            return path_to(conn, point.turn, root)
 
     def _prompt(self, text: str) -> tuple[Turn | None, TurnState | None, Prompt, list[dict[str, Any]]]:
         """Where a text is said, what the model is to see, and the messages up to it. Raises what ``stream`` does."""

@@ -51,13 +51,13 @@ class Compaction:
             ContextOverflow: the request for a summary does not fit any more.
             and what ``PlannedBranch`` raises.
         """
-        loom = session.loom
+        loom, root = session.loom, session.loom.root
         self._session = session
         self._branch = branch
         self._max_tokens = max_tokens
         with loom.database.read() as conn:
             point = refs.resolve(conn, ref)
-            path, self._states = path_to(conn, point.turn, loom.root)
+            path, self._states = path_to(conn, point.turn, root)
             self._like = ref.point if point.branch is not None and ref.point else MAIN
             scratch = refs.free_name(conn, session.row.row, f"summary-of-{self._like}", itself=True)
         messages = said(path)
@@ -99,10 +99,10 @@ class Compaction:
 
     def _written(self, name: str) -> Given:
         """The summary, which is the last message of the scratch branch. Raises SessionError where it has no end yet."""
-        loom = self._session.loom
+        loom, root = self._session.loom, self._session.loom.root
         with loom.database.read() as conn:
             tips = {branch.name: branch.turn for branch in refs.branches(conn, self._session.row.row)}
-            path, states = path_to(conn, tips.get(name), loom.root)
+            path, states = path_to(conn, tips.get(name), root)
         last = said(path)[-1] if path else None
         if last is None or last.message["role"] != "assistant" or last.turns[-1].finish_reason == "interrupted":
             hint = f"kvloom continue {self._session.name}@{name} goes on with it" if last else "summarise() writes it"

@@ -37,11 +37,12 @@ def plan(
     if not text.strip():
         raise InvalidText("there is nothing to say", hint="give some text; kvloom fork leaves a turn out")
     check_unicode(text)
+    root = session.loom.root
     with session.loom.database.read() as conn:
         target = find(conn, ref)
         later = target.later if replay_turns else ()
         rows = [turn.row for each in later for turn in each.turns]
-        _, states = path_to(conn, rows[-1] if rows else None, session.loom.root)
+        _, states = path_to(conn, rows[-1] if rows else None, root)
     if text == target.text:
         raise NothingToDo("the text is unchanged")
     first = target.message.turns[0]

@@ -39,11 +39,12 @@ class PlannedBranch:
         self._loom = loom = session.loom
         self._like = like
         check_model(session.settings, loom)
+        root = loom.root
         loom.flush()  # the cost must not depend on how far the writer has got
         with loom.database.read() as conn:
             self.name = name or refs.free_name(conn, session.row.row, like)
             refs.check_free(conn, session.row.row, self.name)
-            path, states = path_to(conn, at, loom.root)
+            path, states = path_to(conn, at, root)
             self._parent, self._tip = tip_of(path, states)
             position = self._tip.position if self._tip else None
             self._ids = trie.tokens_to(conn, position.node, position.offset) if position else []
@@ -55,7 +56,7 @@ class PlannedBranch:
         tip = self._tip if self._tip and self._steps[0].start >= self._tip.state_end else None
         with loom.database.read() as conn:
             first = path_of(self._ids, stretches(self._steps)[0])
-            seen = outlook.of_tokens(conn, loom.root, first, tip, grid=KEYFRAME_SPACING, logits=False)
+            seen = outlook.of_tokens(conn, root, first, tip, grid=KEYFRAME_SPACING, logits=False)
         self.cost: Cost = cost_of(self._steps, seen.held, seen.replayed)
 
     @property

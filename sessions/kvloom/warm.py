@@ -89,9 +89,10 @@ def warm(
 
     began, loom = time.perf_counter(), session.loom
     check_model(session.settings, loom)
+    root = loom.root
     loom.flush()
     with loom.database.read() as conn:
-        cold = _cold(conn, loom.root, turn)
+        cold = _cold(conn, root, turn)
         branch = refs.branches(conn, session.row.row)[0]  # none is moved: the turns are there
     steps, parent = _steps(session, cold), cold.before[-1] if cold.before else None
     added = Added(session.name, name, parent.id if parent else "", 0, 0, Tokens(), 0.0)

@@ -97,7 +97,13 @@ class Database:
     def read(self) -> Iterator[sa.Connection]:
         """A snapshot of the store: everything read inside belongs together."""
         with sqlite.translated(self.path), self.engine.begin() as conn:
-            yield conn
+            try:
+                yield conn
+            except BaseException:
+                # A query that was given up half way keeps its snapshot for as long as somebody holds the error, and
+                # whoever was handed this connection next would read the past.
+                conn.invalidate()
+                raise
 
     @contextmanager
     def write(self, *, background: bool = False) -> Iterator[sa.Connection]:

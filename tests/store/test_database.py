@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from kvloom_store import checksum, database, schema
+from kvloom_store import checksum, database, refs, schema
 from kvloom_store.database import Database, allocate
 from kvloom_store.errors import CorruptRow, NotAStore, SchemaTooNew, StoreLocked, StoreUnavailable
 
@@ -183,3 +183,32 @@ def test_an_unknown_durability_is_refused(store_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("KVLOOM_SYNCHRONOUS", "MAYBE")
     with pytest.raises(StoreUnavailable, match="KVLOOM_SYNCHRONOUS"):
         Database(store_path)
+
+
+def test_a_read_that_failed_half_way_leaves_nobody_in_the_past(store_path):
+    database = Database(store_path)
+    held = []
+
+    def names(conn):
+        return [row.name for row in conn.execute(sa.select(schema.session.c.name))]
+
+    with database.write() as conn:
+        for name in ("a", "b", "c"):
+            refs.create_session(conn, name, {})
+
+    def give_up():
+        with database.read() as conn:
+            rows = conn.execute(sa.select(schema.session))
+            held.append((rows, next(iter(rows))))  # as the traceback of an error does
+            raise ZeroDivisionError
+
+    with database.read(), database.read():  # so that there are two connections, and another one writes
+        pass
+    with pytest.raises(ZeroDivisionError):
+        give_up()
+    with database.write() as conn:
+        refs.create_session(conn, "d", {})
+    with database.read() as one, database.read() as two:  # every connection there is
+        assert names(one) == names(two) == ["a", "b", "c", "d"]
+    held.clear()
+    database.close()

@@ -51,13 +51,13 @@ class _Place:
 def warm(options: Options, refs: tuple[str, ...], everything: bool, dry_run: bool) -> None:
     """Compute what is missing of the state down to each REF, at low priority, so that the next turn need not wait.
 
-    That are tokens that are pending (an edit left unrun, a message that was interrupted), and state that was never
+    That is, tokens that are pending (an edit left unrun, a message that was interrupted), and state that was never
     stored, was dropped, or is damaged: all that is there is read, and checked. Ctrl-C stops it; turns that were done
     are kept, and so are the passes of one that was begun (of one that is replayed, nothing).
 
     \b
     Example:
-      kvloom edit trip~3 --text "Name three cities in Spain." --replay-turns --no-run
+      kvloom edit trip~3 --text "Name three rivers in Spain." --no-run
       kvloom warm trip@main-2
       kvloom warm --all --dry-run
     """
