@@ -17,7 +17,7 @@ from kvloom.path import merged
 from kvloom.plaintext import check_unicode
 from kvloom.template import ChatTemplate, Message, common, extend
 from kvloom.tokens import text_of
-from kvloom.why import Asked, Cost, Finding, Foreseen, Said, Stored, Why, compare, plain
+from kvloom.why import Asked, Finding, Foreseen, Stored, StoredTurn, Wait, Why, compare, plain
 from kvloom_store import outlook, rates, refs, roots, spans, trie, turns
 from kvloom_store.names import Ref
 from kvloom_store.outlook import Outlook
@@ -222,12 +222,12 @@ def _stored(conn: sa.Connection, tree: _Tree, ids: Sequence[int], at: int | None
         return Stored((), [plain(message) for message in merged(tree.path(at), tree.states)[0]], ())
     path, position = tree.path(row), tree.states[row].position
     whole, own = _whole_path(tree, path, at), {span.turn.row: span for span in spans.of_path(conn, path)}
-    said: list[Said] = []
+    said: list[StoredTurn] = []
     message, first, end = -1, 0, 0
     for turn in whole:
         message += not turn.continues
         start, end = (own[turn.row].start, own[turn.row].end) if turn.row in own else (end, end)
-        said.append(Said(turn.id, tree.short[turn.row], turn.role, min(first, message), message, start, end))
+        said.append(StoredTurn(turn.id, tree.short[turn.row], turn.role, min(first, message), message, start, end))
         first = message + 1 if turn.row in tree.states else first
     tokens, messages = trie.tokens_to(conn, position.node, position.offset), merged(whole, tree.states)[0]
     return Stored(tokens, messages, said[: len(path)], said[len(path) :])
@@ -300,16 +300,16 @@ def _differing(own: ChatTemplate, other: ChatTemplate) -> str:
 # --- what it costs ---
 
 
-def _cost(conn: sa.Connection, root: int | None, tokens: Foreseen, seen: Outlook) -> Cost:
+def _cost(conn: sa.Connection, root: int | None, tokens: Foreseen, seen: Outlook) -> Wait:
     """Seconds until the first token, from how long the last replies of this model took on this machine."""
     from kvloom.support import cpu_capability
 
     if root is None:
-        return Cost()
+        return Wait()
     known = rates.of_root(conn, root, cpu_capability())
     at_once, singly = tokens.computed + tokens.replayed - seen.one_by_one, seen.one_by_one
     prefill = known.prefill.tokens_per_second
     if (at_once and prefill is None) or (singly and known.reply is None) or not known.replies:
-        return Cost(None, prefill, known.reply, known.replies)
+        return Wait(None, prefill, known.reply, known.replies)
     seconds = at_once / (prefill or 1) + singly / (known.reply or 1)
-    return Cost(seconds, prefill, known.reply, known.replies)
+    return Wait(seconds, prefill, known.reply, known.replies)

@@ -53,7 +53,7 @@ class Foreseen:
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class Wait:
     """What that would take: seconds until the first token, from the rates that earlier replies were timed at.
 
     None where no reply of this model was timed on this machine. Rates are tokens a second, of prompts and of replies.
@@ -79,7 +79,7 @@ class Why:
     advice: str
     tokens: Foreseen
     difference: Difference | None
-    cost: Cost
+    cost: Wait
     fields: tuple[tuple[str, str, str], ...] = ()
     unchecked: tuple[str, ...] = ()
 
@@ -89,7 +89,7 @@ class Why:
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class StoredTurn:
     """A stored turn: ``id``, the short ``name`` people are shown, and the tokens [start, end) that are its.
 
     ``message`` is the index of its message; a reply that was continued is several turns of one. ``first`` is the index
@@ -117,14 +117,14 @@ class Stored:
 
     tokens: Sequence[int]
     messages: Sequence[Mapping[str, Any]]
-    turns: Sequence[Said]
-    below: Sequence[Said] = ()
+    turns: Sequence[StoredTurn]
+    below: Sequence[StoredTurn] = ()
 
-    def turn_at(self, token: int) -> Said | None:
+    def turn_at(self, token: int) -> StoredTurn | None:
         """The turn that the token at a position belongs to."""
         return next((turn for turn in self.turns if turn.start <= token < turn.end), None)
 
-    def turn_of(self, message: int) -> Said:
+    def turn_of(self, message: int) -> StoredTurn:
         """The turn that a message began with."""
         return next(turn for turn in (*self.turns, *self.below) if turn.message == message)
 
@@ -151,7 +151,7 @@ class Finding:
     cause: Cause
     detail: str
     advice: str
-    turn: Said | None = None
+    turn: StoredTurn | None = None
     character: int | None = None
 
 
@@ -170,7 +170,7 @@ def compare(stored: Stored, asked: Asked, decode: Decode) -> tuple[Finding, Diff
     return found, _difference(stored.tokens, asked.tokens, at, found, decode)
 
 
-def _cause(stored: Stored, asked: Asked, at: int, turn: Said, decode: Decode) -> Finding:
+def _cause(stored: Stored, asked: Asked, at: int, turn: StoredTurn, decode: Decode) -> Finding:
     """Why tokens differ in a stored turn."""
     if asked.rendered:
         advice = "render it as the session does: kvloom say, or the template, options and clock of session.settings"
@@ -193,20 +193,22 @@ def _cause(stored: Stored, asked: Asked, at: int, turn: Said, decode: Decode) ->
     return Finding("template", detail, "nothing: the model expects it so, and what comes before is reused", turn)
 
 
-def _unanswered(stored: Stored, asked: Asked, at: int, turn: Said, decode: Decode) -> bool:
+def _unanswered(stored: Stored, asked: Asked, at: int, turn: StoredTurn, decode: Decode) -> bool:
     """Whether tokens differ where a turn leads over to its reply, and what is asked for there is no reply."""
     following = asked.messages[turn.message + 1 :]
     if not following or following[0].get("role") == "assistant":
         return False
-    return text_of(stored.messages[turn.message]).strip() in decode(stored.tokens[turn.start : at])
+    return content_of(stored.messages[turn.message]).strip() in decode(stored.tokens[turn.start : at])
 
 
-def _other_message(turn: Said) -> Finding:
+def _other_message(turn: StoredTurn) -> Finding:
     detail = f"only the new message is new; {turn} was said in its place before"
     return Finding("new text", detail, "nothing: this is what a new message costs", turn)
 
 
-def _first_edit(stored: Sequence[Mapping[str, Any]], asked: Sequence[Mapping[str, Any]], turn: Said) -> int | None:
+def _first_edit(
+    stored: Sequence[Mapping[str, Any]], asked: Sequence[Mapping[str, Any]], turn: StoredTurn
+) -> int | None:
     """The index of the first message that differs, of those in the turn where tokens do; else of those before it.
 
     A change without effect on the tokens (a space that the template trims) is none, if another one has.
@@ -240,10 +242,10 @@ def _edit(stored: Stored, asked: Sequence[Mapping[str, Any]], at: int) -> Findin
 def plain(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message without what is empty, its text in one piece: messages that say the same are equal."""
     rest = {key: value for key, value in message.items() if key != "content" and value not in (None, [], {})}
-    return {**rest, "content": text_of(message)}
+    return {**rest, "content": content_of(message)}
 
 
-def text_of(message: Mapping[str, Any]) -> str:
+def content_of(message: Mapping[str, Any]) -> str:
     """The text of a message whose content may be a list of parts."""
     content = message.get("content")
     if isinstance(content, list):

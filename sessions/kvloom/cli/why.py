@@ -15,7 +15,7 @@ from kvloom.cli.terminal import print_facts, print_json
 from kvloom.shown import clean, seconds
 
 if TYPE_CHECKING:
-    from kvloom.why import Cost, Difference, Foreseen, Why
+    from kvloom.why import Difference, Foreseen, Wait, Why
 
 
 @click.command(short_help="Tell what would be reused, and why not more.")
@@ -155,7 +155,7 @@ def _shown(text: str) -> str:
     return repr(text)
 
 
-def _cost(tokens: Foreseen, cost: Cost) -> str:
+def _cost(tokens: Foreseen, cost: Wait) -> str:
     run = f"{tokens.replayed + tokens.computed} tokens to run"
     if cost.seconds is None:
         return f"{run}; how long that takes is unknown: no reply of this model was timed here"
