@@ -9,7 +9,7 @@ import json
 import os
 import sys
 
-from benchmarks import first_token, fork, grid, keyframes, shared_prompts, tree, windows
+from benchmarks import explore, first_token, fork, grid, keyframes, shared_prompts, siblings, tree, windows
 
 
 def main() -> None:
@@ -21,6 +21,8 @@ def main() -> None:
         "windows": lambda: windows.run(lengths=(2000,)) if quick else windows.run(),
         "keyframes": lambda: keyframes.run(exchanges=4, points=20) if quick else keyframes.run(),
         "shared_prompts": lambda: shared_prompts.run(prompts=6) if quick else shared_prompts.run(),
+        "siblings": lambda: siblings.run(1, steps=16, dtypes=("float32",)) if quick else siblings.run(),
+        "explore": lambda: explore.run(depth=3, kills=1) if quick else explore.run(),
     }
     if not quick:
         parts["grid"] = grid.run

@@ -107,6 +107,7 @@ class Kind(NamedTuple):
     architecture: str
     layers: dict[str, tuple[LayerSpec, ...]]
     singly: bool
+    together: bool
 
 
 @cache
@@ -115,12 +116,13 @@ def examined(kind: str) -> Kind:
     engines = {dtype: kvloom.TransformersEngine(tiny_model(kind, dtype), tiny_tokenizer()) for dtype in DTYPES}
     one = engines[DTYPES[0]]
     singly = {len(list(engine.passes(8, 16))) > 1 for engine in engines.values()}
-    return Kind(type(one.model).__name__, {d: e.layers for d, e in engines.items()}, singly == {True})
+    together = all(engine.apart is None for engine in engines.values())
+    return Kind(type(one.model).__name__, {d: e.layers for d, e in engines.items()}, singly == {True}, together)
 
 
 def table(cells: Mapping[str, Sequence[str]]) -> str:
     """All kinds that are run; the columns of exactness as given."""
-    head = ["kind", "in transformers", "layer states", "fed in", "bytes per token", "keyframe bytes"]
+    head = ["kind", "in transformers", "layer states", "fed in", "siblings", "bytes per token", "keyframe bytes"]
     head += ["replay bound", *LEVELS]
     rows = []
     for kind in RUN:
@@ -129,7 +131,8 @@ def table(cells: Mapping[str, Sequence[str]]) -> str:
         figures = [" / ".join(f"{value:,}" for value in both) if any(both) else "0" for both in (per_token, frame)]
         bound = str(KEYFRAME_SPACING if any(frame) else 0)
         fed = "single tokens" if found.singly else "passes"
-        about = [f"`{kind}`", found.architecture, states(found.layers[DTYPES[0]]), fed, *figures, bound]
+        siblings = "together" if found.together else "in turn"
+        about = [f"`{kind}`", found.architecture, states(found.layers[DTYPES[0]]), fed, siblings, *figures, bound]
         rows.append([*about, *cells[kind]])
     return markdown(head, rows)
 
