@@ -70,7 +70,7 @@ def explore(options: Options, ref: str, prompt: str | None, **values: Any) -> No
 
     \b
     Example:
-      kvloom explore puzzle --prompt "Think step by step: 17 * 24 = ?" --step-stop "." --depth 6
+      kvloom explore puzzle --prompt "17 * 24 = ?" --step-stop "." --depth 6
       kvloom explore puzzle --resume --accept main --prune
     """
     settings = _settings(values)
