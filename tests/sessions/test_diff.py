@@ -11,6 +11,7 @@ from command import Command, fails
 from tiny import tiny_model, tiny_tokenizer
 
 import kvloom
+from kvloom.cli.scores import percent
 from kvloom.errors import InvalidName, RefNotFound
 from kvloom_store import spans, turns
 from kvloom_store.names import parse_ref
@@ -197,6 +198,17 @@ def test_it_tells_the_point_and_both_sides(two: Command) -> None:
     assert " of it<" in lines[2]
     assert " more of it" in lines[3]
     assert result.out.index("\nA  trip\n") < result.out.index("\nand some of it\n") < result.out.index("\nB  trip@oth")
+
+
+def test_where_replies_part_it_says_what_the_model_gave_each_token(trip: Command) -> None:
+    trip("fork", "trip~1", "other")
+    trip("regenerate", "trip@other", "--temperature", "5", "--seed", "1", "--max-tokens", "2")
+    told = trip("diff", "trip", "trip@other", "--json").json
+    lines = trip("diff", "trip", "trip@other").out.splitlines()
+    assert told["a"]["logprob"] < 0
+    for line, side in zip(lines[2:4], (told["a"], told["b"]), strict=True):
+        other = f", the other's {percent(side['other_logprob'])}" if side["other_logprob"] is not None else ""
+        assert f"token {side['token']} (the model gave it {percent(side['logprob'])}{other}) " in line
 
 
 def test_json_is_the_object_of_the_api(two: Command) -> None:

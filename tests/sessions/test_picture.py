@@ -155,11 +155,11 @@ class TestSvg:
 
 class TestPage:
     def test_holds_every_turn_whole_and_once(self) -> None:
-        turns = [turn(0, None, "one\ntwo"), turn(1, 0, "x" * 5000), turn(2, 0, "three", branches=("main",))]
-        told = page("trip", turns, short, (), {turns[2].id: 0.5})
+        turns = [turn(0, None, "one\ntwo"), turn(1, 0, "x" * 5000), turn(2, 0, "three", branches=("main",), score=0.5)]
+        told = page("trip", turns, short)
         assert Parsed(told).texts == ["one\ntwo", "three", "x" * 5000]
         assert ">[main]</bdi> <bdi" in told
-        assert ">0.5</bdi>" in told
+        assert ">score 0.5</bdi>" in told
         assert ("data-main", None) in Parsed(told).attributes
 
     def test_hostile_text_stays_text(self) -> None:

@@ -83,8 +83,8 @@ def _there(side: Side) -> str:
     if not side.turns or not side.text:
         return "it ends there"
     turn = side.turns[0]
-    token = f"token {side.token} " if side.token is not None else ""
-    return f"{token}{side.text!r} in turn {turn.id[:8]} ({turn.role}){_chances(side)}"
+    token = f"token {side.token} {_chances(side)}" if side.token is not None else ""
+    return f"{token}{side.text!r} in turn {turn.id[:8]} ({turn.role})"
 
 
 def _chances(side: Side) -> str:
@@ -92,7 +92,7 @@ def _chances(side: Side) -> str:
     if side.logprob is None:
         return ""
     other = f", the other's {percent(side.other_logprob)}" if side.other_logprob is not None else ""
-    return f", which the model gave {percent(side.logprob)}{other}"
+    return f"(the model gave it {percent(side.logprob)}{other}) "
 
 
 def _print_below(found: Diff) -> None:

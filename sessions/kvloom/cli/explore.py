@@ -61,16 +61,16 @@ def explore(options: Options, ref: str, prompt: str | None, **values: Any) -> No
 
     \b
     --strategy tree        level by level, of each the best --keep go on
-               best-first  always the best --keep that are open, until --budget-tokens
+               best-first  always the best --keep that are open
                best-of     --width replies of one step (give --step-tokens)
-    --score    length-normalised, logprob   what the model itself thought
-               self-consistency             how many others come to the same answer
-               judge                        a model rates each from 1 to 9 (--judge MODEL)
-               python:MODULE:FUNCTION       your own function of the text, found from here
+    --score    length-normalised, logprob  what the model itself thought
+               self-consistency            how many others answer the same
+               judge                       a model rates each (--judge MODEL)
+               python:MODULE:FUNCTION      your own function of the text
 
     \b
     Example:
-      kvloom explore puzzle --prompt "Think step by step: 17 * 24 = ?" --step-stop "." --depth 6
+      kvloom explore puzzle --prompt "17 * 24 = ?" --step-stop "." --depth 6
       kvloom explore puzzle --resume --accept main --prune
     """
     settings = _settings(values)
