@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from command import Command, fails
+
+from kvloom.cli.progress import Bars
 
 SAID = "tell me of the one"
 
@@ -90,18 +87,20 @@ def test_there_must_be_something_to_reply_to(kvloom: Command) -> None:
     assert kvloom("branches", "other", "--json").out.count('"main') == 1, "no branch is left of it"
 
 
-def test_interrupted_replies_are_kept(kvloom: Command, model: str, store_path: Path) -> None:
-    command = [sys.executable, "-m", "kvloom.cli", "sample", "trip", SAID, "-n", "2", "--max-tokens", "4000", "--json"]
-    environment = {**os.environ, "KVLOOM_MODEL": model, "KVLOOM_STORE": str(store_path)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while kvloom("log", "trip", "--json").code or not kvloom("log", "trip", "--json").json["turns"]:
-        assert process.poll() is None
-        time.sleep(0.05)  # it decodes once the message is there
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
-    found = json.loads(out)
-    assert found["finish_reason"] == "interrupted"
-    for each in found["samples"]:
+@pytest.mark.parametrize("way", [("-n", "2"), ("--beam", "2")])
+def test_interrupted_replies_are_kept(kvloom: Command, monkeypatch: pytest.MonkeyPatch, way: tuple[str, str]) -> None:
+    steps = []
+
+    def chosen(_bars: Bars, tokens: int) -> None:
+        steps.append(tokens)
+        if len(steps) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Bars, "chosen", chosen)
+    stopped = kvloom("sample", "trip", SAID, *way, "--max-tokens", "40", "--json", "--accept")
+    assert stopped.code == 130, stopped.err
+    assert (stopped.json["finish_reason"], stopped.json["accepted"]) == ("interrupted", None)
+    assert [each["tokens"] for each in stopped.json["samples"]] == [3, 3]
+    for each in stopped.json["samples"]:
         assert each["finish_reason"] == "interrupted"
         assert kvloom("continue", f"trip@{each['branch']}", "--max-tokens", "2").code == 0
