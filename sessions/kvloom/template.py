@@ -247,6 +247,9 @@ def reply_ids(
         lead = ""
     added = added_tokens(tokenizer)
     end = next((token for _, token in added.controls(rest)), None)
+    if end not in eos_ids:  # or only what ends the last reply of all (gpt-oss)
+        last = template.render(tokenizer, messages[:-1], add_generation_prompt=False)
+        end = next((token for _, token in added.controls(last.rpartition(marker)[2])), None)
     ids = encode(tokenizer, lead + broken(text, added, marker), marker, prompt_ids[-1] if prompt_ids else None)
     return [*ids, end] if end in eos_ids else ids
 

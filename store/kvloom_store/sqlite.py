@@ -28,6 +28,9 @@ NETWORK_FILESYSTEMS = frozenset(
     {"nfs", "nfs4", "cifs", "smbfs", "smb3", "afpfs", "fuse.sshfs", "9p", "ceph", "glusterfs", "davfs"}
 )
 
+CHECKPOINT_MS = 1000
+"""How long moving the log into the file waits for readers of it."""
+
 
 def kind_of(path: Path) -> str:
     """``file``, ``folder`` or ``nothing``. Raises NotAStore, StoreUnavailable."""
@@ -129,9 +132,17 @@ def forget_table(conn: sa.Connection, name: str, behind: Sequence[str]) -> None:
 
 
 def checkpoint(engine: sa.Engine) -> None:
-    """Move the write-ahead log into the file, where reads are mapped; what a reader still needs stays."""
+    """Move the write-ahead log into the file, where reads are mapped; what a reader still needs stays.
+
+    A reader is not waited for long: it may be one that nobody knows of any more, a query that an error was raised from.
+    """
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
-        conn.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+        patience = conn.exec_driver_sql("PRAGMA busy_timeout").scalar_one()
+        conn.exec_driver_sql(f"PRAGMA busy_timeout={min(patience, CHECKPOINT_MS)}")
+        try:
+            conn.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+        finally:
+            conn.exec_driver_sql(f"PRAGMA busy_timeout={patience}")
 
 
 def file_bytes(path: Path) -> int:

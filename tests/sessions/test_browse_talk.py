@@ -139,7 +139,6 @@ def test_escape_stops_a_reply_and_keeps_it_and_the_keys_work_meanwhile(path: Pat
         await at.press("s")
         await at.type("go on")
         await at.until(lambda: at.screen.speech is not None and len(at.screen.speech.pieces) > 20)
-        assert "go on" in at.shown
         assert "Esc stops" in at.shown
         at.hit("r")
         await at.until(lambda: at.told == ["a reply is being made; Esc stops it"])

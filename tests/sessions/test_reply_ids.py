@@ -21,7 +21,7 @@ def test_they_are_those_of_the_text_where_the_prompt_ends(name: str, kind: str):
     for each in (said, path):
         each.say(user("Who was the man?"))
     before = path.ids
-    said.reply("A single man.", ended=name != "gpt-oss")  # which ends replies in two ways, and in history in the other
+    said.reply("A single man.")
     assert given(path, "A single man.") == said.ids[len(before) :]
 
 

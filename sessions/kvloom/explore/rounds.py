@@ -66,8 +66,9 @@ def seed_of(seed: int, path: str) -> int:
 
 def start_at(loom: KVLoom, turn: int) -> Start:
     """Where a path goes on that ends with a turn (its row)."""
+    root = loom.root  # made now, if it is not there: not within a read
     with loom.database.read() as conn:
-        last, state = tip_of(*path_to(conn, turn, loom.root))
+        last, state = tip_of(*path_to(conn, turn, root))
         assert last is not None
         assert state is not None
         return Start(last, state, tuple(trie.tokens_to(conn, state.position.node, state.position.offset)))
