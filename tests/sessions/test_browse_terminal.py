@@ -27,7 +27,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def env(trip: Command, tmp_path: Path) -> dict[str, str]:
     """What the command needs to find the store that ``trip`` made."""
-    return {**os.environ, "TERM": "xterm-256color", "OMP_NUM_THREADS": "1"}
+    inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    return {**inherited, "TERM": "xterm-256color", "OMP_NUM_THREADS": "1"}
 
 
 class Terminal:
@@ -118,7 +119,8 @@ def test_asked_to_end_it_keeps_what_was_said_and_gives_the_terminal_back(
     assert log(env, "trip")[-1]["finish_reason"] == "interrupted"
 
 
-def test_a_terminal_that_is_too_small_is_refused(open_terminal: Callable[..., Terminal]) -> None:
+def test_a_terminal_that_is_too_small_is_refused(env: dict[str, str], open_terminal: Callable[..., Terminal]) -> None:
+    env |= {"COLUMNS": "80", "LINES": "24"}  # as a shell may have left them
     at = open_terminal("browse", "trip", size=(10, 50))
     assert at.leave() == 2
     assert "this terminal has 50 and 10" in at.shown.replace("\n", "")

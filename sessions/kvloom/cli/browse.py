@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import shutil
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -65,7 +64,7 @@ def _check_terminal() -> None:
     """Refuse where there is nothing to draw on. Raises UsageError."""
     if not all(stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)) or os.environ.get("TERM") == "dumb":
         raise click.UsageError("browse draws on a terminal, and this is none; kvloom tree and kvloom log print text")
-    columns, rows = shutil.get_terminal_size()
+    columns, rows = os.get_terminal_size(sys.stdout.fileno())  # as it is, whatever COLUMNS and LINES say
     if columns < LEAST[0] or rows < LEAST[1]:
         raise click.UsageError(
             f"browse needs {LEAST[0]} columns and {LEAST[1]} rows, and this terminal has {columns} and {rows};"
