@@ -81,14 +81,18 @@ class Siblings:
         return [self.shared_tokens + self.own - pad for pad in self._pads]
 
     def put(self, path: int, live: LiveState) -> None:
-        """Take a path's own rows from a live state that has been brought to its end."""
+        """Take a path's own rows from a live state that has been brought to its end: of windows those that are seen, as
+        the others may not be there."""
         end = self.shared_tokens + self.own - self._pads[path]
         for number, tensors in self.tensors.items():
             spec = live.specs[number]
+            first = (
+                max(self.shared_tokens, end + 1 - spec.window) if spec.kind == LayerKind.WINDOW else self.shared_tokens
+            )
             for index, own in enumerate(tensors):
-                rows = rows_of(spec, live.tensors[number], index, self.shared_tokens, end)
+                rows = rows_of(spec, live.tensors[number], index, first, end)
                 axis = 1 + spec.tensors[index].token_axis
-                own[path : path + 1].narrow(axis, self._pads[path], rows.shape[axis]).copy_(rows)
+                own[path : path + 1].narrow(axis, self.own - (end - first), end - first).copy_(rows)
 
     def step(self, tokens: Sequence[int]) -> torch.Tensor:
         """Run one token of each path; the logits ``[paths, vocab]``. ``hidden`` is then ``[paths, 1, hidden_size]``."""

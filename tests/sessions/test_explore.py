@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from kinds import engine
+from tiny import tiny_model, tiny_tokenizer
 
 from kvloom.engine import TransformersEngine
 from kvloom.errors import NothingToDo, SessionError
@@ -240,3 +241,14 @@ def test_a_search_begins_at_a_prompt_that_was_said_before_and_at_a_token(store_p
         assert again.tokens == first.tokens
         session.fork("cut", f"{first.path[0]}:20")
         assert session.explore("cut", name="inside", **SMALL).result.finished
+
+
+@pytest.mark.parametrize("kind", ["llama", "jamba"])
+def test_paths_end_where_the_context_does(store_path: Path, kind: str) -> None:
+    small = TransformersEngine(tiny_model(kind, max_position_embeddings=64), tiny_tokenizer(), name="small")
+    with KVLoom(store_path, model=small) as loom:
+        found = loom.session("talk").explore(prompt=PROMPT, **{**SMALL, "step_tokens": 30, "depth": 9}).result
+        assert found.finished
+        deepest = loom.find("talk").branch(found.nodes[-1].branch)
+        assert found.nodes[-1].status == "ended"
+        assert sum(turn.tokens for turn in deepest.log()) < small.context_limit

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import sys
 from pathlib import Path
 
 import pytest
-from command import Command, Result, fails
+from command import Command, fails
 from tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 
 import kvloom as library
-from kvloom.cli import run
 from kvloom.errors import InvalidText, NothingToDo, RefExists, SessionError
 from kvloom.template import DEFAULT_TEMPLATE
 from kvloom.template_file import MAX_TEMPLATE_BYTES, read
@@ -32,27 +29,10 @@ def bare_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@pytest.fixture
-def kvloom(
-    store_path: Path,
-    bare_model: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> Command:
-    """Run a command in this process, with a model that has no template as the default."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("KVLOOM_CONFIG", str(tmp_path / "config.toml"))
-    monkeypatch.setenv("KVLOOM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("KVLOOM_MODEL", bare_model)
-
-    def command(*args: str, stdin: bytes = b"") -> Result:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        capfd.readouterr()
-        code = run(list(args))
-        return Result(code, *capfd.readouterr())
-
-    return command
+@pytest.fixture(scope="session")
+def model(bare_model: str) -> str:
+    """What the command line has for a default here."""
+    return bare_model
 
 
 @pytest.fixture

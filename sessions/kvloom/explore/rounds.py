@@ -86,9 +86,10 @@ def run(
     """Do one round; None, with nothing stored, if it was cancelled."""
     with loom.engine.lock:
         loom.flush()  # which rows paths have in common is read from their segments
-        step = _batch(loom, exploration, step)
         found = {turn: start_at(loom, turn) for turn in {_turn_of(exploration, path) for path in step.paths}}
-        starts = [found[_turn_of(exploration, path)] for path in step.paths]
+        every = [(path, found[_turn_of(exploration, path)]) for path in step.paths]
+        chosen = _batch(loom, every)
+        step, starts = replace(step, paths=tuple(path for path, _ in chosen)), [at for _, at in chosen]
         paths = [_path(loom, settings, each, at, step) for each, at in zip(step.paths, starts, strict=True)]
         grown = _grow_alone if loom.engine.apart else _grow
         states, reused = grown(loom, paths, starts, step.tokens, cancel, told)
@@ -100,15 +101,13 @@ def run(
     return Round(tuple(made), Tokens(reused, 0, computed, generated))
 
 
-def _batch(loom: KVLoom, exploration: Exploration, step: Grow) -> Grow:
+def _batch(loom: KVLoom, every: Sequence[tuple[Child | Candidate, Start]]) -> Sequence[tuple[Child | Candidate, Start]]:
     """Those paths of a round that can be decoded together: one by one where none can, and over windows equally long."""
     if loom.engine.apart:
-        return replace(step, paths=step.paths[:1])
+        return every[:1]
     if all(spec.kind != LayerKind.WINDOW for spec in loom.engine.layers):
-        return step
-    lengths = [len(start_at(loom, _turn_of(exploration, path)).ids) for path in step.paths]
-    alike = tuple(path for path, length in zip(step.paths, lengths, strict=True) if length == lengths[0])
-    return replace(step, paths=alike)
+        return every
+    return [(path, at) for path, at in every if len(at.ids) == len(every[0][1].ids)]
 
 
 def _turn_of(exploration: Exploration, path: Child | Candidate) -> int:
@@ -218,10 +217,10 @@ def _commit(
     def note(conn: sa.Connection, turns: list[Turn]) -> None:
         for each, path, turn in zip(step.paths, paths, turns, strict=True):
             if isinstance(each, Candidate):
-                status = _status(settings, path, each.tokens)
+                status = _status(settings, path, each.tokens, loom.engine.context_limit)
                 made.append(explorations.grow(conn, each, turn.row, status, len(path.tokens), path.logprob))
             else:
-                status = _status(settings, path, 0)
+                status = _status(settings, path, 0, loom.engine.context_limit)
                 new = (each.parent, each.number, turn.row, status, len(path.tokens), path.logprob)
                 made.append(explorations.add(conn, exploration, *new))
 
@@ -241,8 +240,8 @@ def branch_name(exploration: Exploration, path: str) -> str:
     return f"{exploration.name}/{path}"
 
 
-def _status(settings: ExploreSettings, path: Growing, before: int) -> str:
-    if path.reason == "stop":
+def _status(settings: ExploreSettings, path: Growing, before: int, limit: int) -> str:
+    if path.reason == "stop" or len(path.ids) + 2 > limit:  # one more token, run as well, would not fit the context
         return ENDED
     if path.reason == "step" or before + len(path.tokens) >= settings.step_tokens:
         return OPEN
