@@ -16,11 +16,9 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -44,7 +42,7 @@ PAGE = ROOT / "docs" / "models.md"
 RUN = tuple(kind for kind in KINDS if kind not in OTHERS)
 DTYPES = ("float32", "bfloat16")
 REAL = ("smollm2", "gemma3-270m")
-TRIALS, PROCESSES, JUDGED, SEED = 8, 3, 3, 20250131
+TRIALS, PROCESSES, JUDGED = 8, 3, 3
 LEVELS = {"L0": "L0", "L1": "L1", "L2": "elements"}
 """Each level, and what a row of exact.run calls its number of comparisons."""
 
@@ -262,33 +260,14 @@ def refused() -> str:
 
 
 def few_trials() -> dict[str, Any]:
-    """A short run of what ``make exact`` does, all kinds in the same processes; in the form of its JSON."""
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        halves = pool.map(lambda number: tried(RUN[number::2], Path(folder)), range(2))
-        rows = [row for rows in halves for row in rows]
-    return {"seed": SEED, "versions": {name: version(name) for name in ("transformers", "torch")}, "kinds": rows}
+    """A short run of what ``make exact`` does."""
+    from exact import run
 
-
-def tried(kinds: Sequence[str], folder: Path) -> list[dict[str, Any]]:
-    """Trials of some kinds, a row each, as exact.run makes them."""
-    from exact import harness, trials
-
-    scenarios = {kind: [trials.tiny_scenario(kind, d, n) for n, d in enumerate(DTYPES)] for kind in kinds}
-    every = [scenario for each in scenarios.values() for scenario in each]
-    results = trials.converse(folder, every, trials.spread(TRIALS // len(DTYPES), PROCESSES), seed=SEED)
-    jobs = [(each["name"], job) for each in every for job in trials.jobs_of(folder, each, JUDGED)]
-    verdicts = harness.referee([job for _, job in jobs])[1]
-    rows = []
-    for kind, mine in scenarios.items():
-        names = [scenario["name"] for scenario in mine]
-        judged = [verdict for (name, _), verdict in zip(jobs, verdicts, strict=True) if name in names]
-        wrong = [text for name in names for text in trials.failures(results, name)]
-        wrong += [f"referee {json.dumps(verdict)[:600]}" for verdict in judged if not verdict["ok"]]
-        counts = {c: sum(trials.total(results, c, name) for name in names) for c in ("trials", "L0", "L1")}
-        compared = sum(verdict["compared"] for verdict in judged)
-        more = {"restarts": len(results) - 1, "elements": compared, "failures": wrong}
-        rows.append({"kind": kind, **counts, **more})
-    return rows
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "found.json"
+        few = f"--trials {TRIALS} --processes {PROCESSES} --judged {JUDGED} --together 17 --json {out}"
+        run.main(few.split())
+        return cast("dict[str, Any]", json.loads(out.read_text()))
 
 
 def cells_of(found: Mapping[str, Any]) -> Cells:

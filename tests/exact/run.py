@@ -23,7 +23,8 @@ from typing import Any
 from exact import harness, trials
 
 REAL = ("smollm2",)
-COLUMNS = ("trials", "restarts", "points", "L0", "L1", "replayed", "differ", "jobs", "elements", "frames", "seconds")
+COLUMNS = ("trials", "restarts", "points", "L0", "L1", "replayed", "differ", "jobs", "elements", "frames")
+SEED = 20250131
 
 
 def arguments(given: Sequence[str]) -> argparse.Namespace:
@@ -33,10 +34,11 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dtypes", default="float32,bfloat16", help="a kind's trials are divided among them")
     parser.add_argument("--trials", type=int, default=200, help="for each kind")
     parser.add_argument("--processes", type=int, default=9, help="one after another; all but the first are restarts")
-    parser.add_argument("--jobs", type=int, default=2, help="kinds at a time")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    parser.add_argument("--together", type=int, default=3, help="kinds in one process, which costs seconds to start")
     parser.add_argument("--judged", type=int, default=12, help="leaves of a kind's trees that the referee recomputes")
     parser.add_argument("--folder", type=Path, help="keep the stores and the referee's jobs here")
-    parser.add_argument("--seed", type=int, default=20250131)
+    parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--json", type=Path, help="write what was found to this file")
     return parser.parse_args(given)
 
@@ -53,41 +55,58 @@ def scenarios_of(kind: str, dtypes: Sequence[str]) -> list[trials.Scenario]:
     return [{"name": f"{kind}-{dtype}", "folder": folder, "dtype": dtype, **few} for dtype in dtypes]
 
 
-def examine(kind: str, options: argparse.Namespace, root: Path) -> dict[str, Any]:
-    """Everything about one kind; what went wrong is in ``failures``, never raised."""
+def examine(kinds: Sequence[str], options: argparse.Namespace, root: Path) -> list[dict[str, Any]]:
+    """Everything about some kinds, which share their processes; what went wrong is in ``failures``, never raised."""
     began = time.perf_counter()
-    folder = root / kind
+    folder = root / "-".join(kinds)
     folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = dict.fromkeys(COLUMNS, 0)
-    found |= {"kind": kind, "failures": []}
+    label = ", ".join(kinds)
 
     def tell(number: int, result: Mapping[str, Any]) -> None:
         wrong = sum(len(each["failures"]) for each in result.values())
         now = time.perf_counter() - began
-        print(f"  {kind}: process {number + 1} of {options.processes}, {wrong} differ, {now:.0f} s", flush=True)
+        print(f"  {label}: process {number + 1} of {options.processes}, {wrong} differ, {now:.0f} s", flush=True)
 
     try:
-        scenarios = scenarios_of(kind, options.dtypes.split(","))
-        shares = trials.spread(-(-options.trials // len(scenarios)), options.processes)
-        grid = 64 if kind in REAL else trials.GRID
-        results = trials.converse(folder, scenarios, shares, grid=grid, seed=options.seed, tell=tell)
-        found["restarts"] = len(results) - 1
-        for count in ("trials", "points", "L0", "L1", "replayed"):
-            found[count] = trials.total(results, count)
-        found["failures"] += trials.failures(results)
-        most = max(1, options.judged // len(scenarios))
-        jobs = [job for scenario in scenarios for job in trials.jobs_of(folder, scenario, most)]
-        _, verdicts = harness.referee(jobs)
-        found["jobs"], found["elements"] = len(jobs), sum(verdict["compared"] for verdict in verdicts)
-        found["frames"] = sum(verdict["frames"] for verdict in verdicts)
-        found["failures"] += [f"referee {json.dumps(verdict)[:600]}" for verdict in verdicts if not verdict["ok"]]
-    except Exception as error:  # a kind that fails to run is a finding, and the others go on
-        found["failures"].append(f"{type(error).__name__}: {error}"[-2000:])
-    found["differ"] = len(found["failures"])
-    found["seconds"] = round(time.perf_counter() - began)
-    found["ok"] = not found["failures"] and found["trials"] >= options.trials and found["elements"] > 0
-    print(f"{kind}: {'exact' if found['ok'] else 'NOT EXACT'}, {found['seconds']} s", flush=True)
-    return found
+        scenarios = {kind: scenarios_of(kind, options.dtypes.split(",")) for kind in kinds}
+        every = [scenario for mine in scenarios.values() for scenario in mine]
+        shares = trials.spread(-(-options.trials * len(kinds) // len(every)), options.processes)
+        grid = 64 if any(kind in REAL for kind in kinds) else trials.GRID
+        results = trials.converse(folder, every, shares, grid=grid, seed=options.seed, tell=tell)
+        most = max(1, options.judged * len(kinds) // len(every))
+        jobs = [(scenario["name"], job) for scenario in every for job in trials.jobs_of(folder, scenario, most)]
+        verdicts = list(zip([name for name, _ in jobs], harness.referee([job for _, job in jobs])[1], strict=True))
+        rows = [row_of(kind, [each["name"] for each in scenarios[kind]], results, verdicts) for kind in kinds]
+    except Exception as error:  # kinds that fail to run are findings, and the others go on
+        nothing = {**dict.fromkeys(COLUMNS, 0), "differ": 1, "failures": [f"{type(error).__name__}: {error}"[-2000:]]}
+        rows = [{"kind": kind, **nothing} for kind in kinds]
+    for row in rows:
+        row["ok"] = not row["failures"] and row["trials"] >= options.trials and row["elements"] > 0
+        print(f"{row['kind']}: {'exact' if row['ok'] else 'NOT EXACT'}", flush=True)
+    return rows
+
+
+def row_of(
+    kind: str, names: Sequence[str], results: trials.Results, verdicts: Sequence[tuple[str, Mapping[str, Any]]]
+) -> dict[str, Any]:
+    """What was found about one kind, whose stores are ``names``."""
+    judged = [verdict for name, verdict in verdicts if name in names]
+    wrong = [text for name in names for text in trials.failures(results, name)]
+    wrong += [f"referee {json.dumps(verdict)[:600]}" for verdict in judged if not verdict["ok"]]
+    counts = {
+        count: sum(trials.total(results, count, name) for name in names)
+        for count in ("trials", "points", "L0", "L1", "replayed")
+    }
+    return {
+        "kind": kind,
+        **counts,
+        "restarts": len(results) - 1,
+        "differ": len(wrong),
+        "jobs": len(judged),
+        "elements": sum(verdict["compared"] for verdict in judged),
+        "frames": sum(verdict["frames"] for verdict in judged),
+        "failures": wrong,
+    }
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -113,7 +132,8 @@ def main(given: Sequence[str]) -> int:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(options.jobs) as pool:
         root = options.folder or Path(temporary)
-        rows = list(pool.map(lambda kind: examine(kind, options, root), kinds))
+        groups = [kinds[first : first + options.together] for first in range(0, len(kinds), options.together)]
+        rows = [row for some in pool.map(lambda group: examine(group, options, root), groups) for row in some]
     print(f"\nseed {options.seed}, {time.perf_counter() - began:.0f} s\n{table(rows)}")
     for row in rows:
         for failure in row["failures"][:5]:
