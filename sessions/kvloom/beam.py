@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -83,41 +84,67 @@ class Beams:
     ``ran`` is how many tokens the model has run for it.
     """
 
-    def __init__(self, engine: TransformersEngine, live: LiveState, root: Growing, settings: BeamSettings) -> None:
-        """Begin where ``live`` ends, which holds all tokens of ``root``."""
+    def __init__(
+        self,
+        engine: TransformersEngine,
+        siblings: Siblings,
+        running: Sequence[Growing],
+        settings: BeamSettings,
+        earlier: Sequence[float] = (),
+    ) -> None:
+        """Begin with these paths, the likeliest first, each a row of the batch.
+
+        ``earlier`` are the scores of replies that had finished before.
+        """
         self._engine = engine
-        self._live = live
+        self._siblings = siblings
         self._settings = settings
-        self._steps = root.budget
-        self._siblings: Siblings | None = None
-        self.running = [root]
+        self._longest = max(path.said + path.budget for path in running)
+        self._earlier = list(earlier)
+        self.running = list(running)
         self.finished: list[Growing] = []
         self.ran = 0
 
     @property
     def found(self) -> list[Growing]:
-        """The replies, best first; of a search that was stopped also the beams that were running."""
+        """The replies, best first; of a search that was stopped, or is not over, also the beams that are running."""
         return sorted((path for path in [*self.finished, *self.running] if path.tokens), key=self.score, reverse=True)
 
     def score(self, path: Growing) -> float:
         """The score of a reply, or of a beam as it is now."""
-        return self._settings.normalised(path.logprob, len(path.tokens))
+        return self._settings.normalised(path.thought + path.logprob, path.said + len(path.tokens))
 
-    def search(self, logits: torch.Tensor, *, cancel: threading.Event | None = None, told: Told | None = None) -> None:
-        """Search to the end, or until it is cancelled; ``logits`` ``[1, vocab]`` are those of the first token."""
-        while self.running:
+    def search(
+        self,
+        logits: torch.Tensor,
+        *,
+        steps: int | None = None,
+        cancel: threading.Event | None = None,
+        told: Told | None = None,
+    ) -> None:
+        """Search to the end, or until it is cancelled; ``logits`` ``[running, vocab]`` are those of the next tokens.
+
+        With ``steps`` it goes on by so many tokens at most, and the beams that are running then have run all of theirs,
+        at the end of the search too: others can go on with them.
+        """
+        taken = 0
+        while self.running and taken != steps:
             if cancel is not None and cancel.is_set():
                 for path in self.running:
                     path.reason = "interrupted"
                 return
             before = len(self.running)
             rows, chosen = self._choose(logits)
+            taken += 1
             if told is not None:
                 told(chosen)
-            if self._is_over():
+            over = self._is_over()
+            if over and steps is None:
                 self.running = []
+            if self.running:
+                logits = self._run(rows, before)
+            if over:
                 return
-            logits = self._run(rows, before)
 
     def _choose(self, logits: torch.Tensor) -> tuple[list[int], int]:
         """Take the next tokens: the rows of the last pass that the beams come from, and how many were taken.
@@ -145,7 +172,7 @@ class Beams:
         """Continuations of all beams, the likeliest first: (log-probability of the whole, row, its token's score)."""
         count, found = self._settings.considered(self._engine), []
         for row, path in enumerate(self.running):
-            each, so_far = float32(logits[row]), path.logprob
+            each, so_far = float32(logits[row]), path.thought + path.logprob
             check_usable(float(each.max()))
             found += [(so_far + s.logprob, row, s) for s in scores_of(each, each.topk(count).indices.tolist())]
         possible = [each for each in found if each[0] > -math.inf]
@@ -156,26 +183,25 @@ class Beams:
         every = [*self.finished, *(path for path, _ in ended)]
         self.finished = sorted(every, key=self.score, reverse=True)[: self._settings.width]
         for path, row in ended:
-            if path in self.finished and self._siblings is not None:
+            if path in self.finished and path.passes:
                 path.rows = self._siblings.select([row], steps=0).source(0)
 
     def _is_over(self) -> bool:
         if not self.running:
             return True
-        if len(self.finished) < self._settings.width:
+        scores = sorted([*self._earlier, *map(self.score, self.finished)], reverse=True)[: self._settings.width]
+        if len(scores) < self._settings.width:
             return False
         if self._settings.early_stopping is True:
             return True
         best = self.running[0]
         longest = self._settings.early_stopping == "never" and self._settings.length_penalty > 0
-        hoped = self._settings.normalised(best.logprob, self._steps if longest else len(best.tokens))
-        return hoped <= self.score(self.finished[-1])
+        tokens = self._longest if longest else best.said + len(best.tokens)
+        return self._settings.normalised(best.thought + best.logprob, tokens) <= scores[-1]
 
     def _run(self, rows: list[int], before: int) -> torch.Tensor:
         """Run the last token of each beam, after its row among ``before`` of them; the logits ``[beams, vocab]``."""
-        if self._siblings is None:  # the first step is the same for all of them: nothing had to be run
-            self._siblings = Siblings(self._engine, self._live, self._live.length, [0] * len(rows), self._steps)
-        elif rows != list(range(before)):
+        if rows != list(range(before)):
             self._siblings = self._siblings.select(rows)
         logits = self._siblings.step([path.tokens[-1] for path in self.running])
         for row, path in enumerate(self.running):
@@ -197,7 +223,9 @@ class BeamRun(SampleRun):
         self._beams: Beams | None = None
 
     def _decode(self, live: LiveState, logits: torch.Tensor, turn: Turn | None, state: TurnState | None) -> None:
-        self._beams = Beams(self._engine, live, self._path(0, live), self._search)
+        root = self._path(0, live)
+        siblings = Siblings(self._engine, live, live.length, [0], root.budget)
+        self._beams = Beams(self._engine, siblings, [root], self._search)
         try:
             self._beams.search(logits[None], cancel=self._options.cancel, told=self._told_steps)
         finally:

@@ -52,6 +52,9 @@ class PathState:
 class Growing:
     """One path while it grows: ``ids`` are all its tokens, ``tokens`` those that were added here.
 
+    ``origin`` says which of the paths that were begun with it goes on from; of the same reply it has ``said`` tokens
+    already, and ``thought`` is their log-probability.
+
     It ends for a ``reason``: "stop" (the model ended the reply, or a stop string did), "length" (``budget`` tokens were
     added), "step" (the text contains one of ``until``, and goes on after it), or "interrupted".
     """
@@ -63,6 +66,9 @@ class Growing:
     stream: TextStream
     eos_ids: frozenset[int]
     until: tuple[str, ...] = ()
+    origin: int = 0
+    said: int = 0
+    thought: float = 0.0
     hidden: torch.Tensor | None = None
     tokens: list[int] = field(default_factory=list)
     scores: list[TokenScore] = field(default_factory=list)

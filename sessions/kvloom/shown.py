@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -62,6 +62,18 @@ def labels(turn: TreeTurn) -> list[str]:
     if turn.cut:
         notes.append("(cut)")
     return notes
+
+
+BARS = "▁▂▃▄▅▆▇█"
+UNCERTAIN = 4.0
+"""Nats that are drawn as a full bar: as if 55 tokens were equally likely."""
+
+
+def strip(entropies: Sequence[float], width: int) -> str:
+    """How uncertain the model was along a reply: bars, each the most uncertain of its share of the tokens."""
+    count = min(width, len(entropies))
+    shares = (entropies[n * len(entropies) // count : (n + 1) * len(entropies) // count] for n in range(count))
+    return "".join(BARS[min(int(max(share) / UNCERTAIN * len(BARS)), len(BARS) - 1)] for share in shares)
 
 
 def short_ids(conn: sa.Connection, session_row: int) -> Callable[[str | None], str]:

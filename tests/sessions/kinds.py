@@ -41,6 +41,18 @@ def engine(kind: str, dtype: str = "float32", *, spacing: int = SPACING) -> Tran
     return TransformersEngine(tiny_model(kind, dtype), tiny_tokenizer(), name=f"tiny {kind}", keyframe_spacing=spacing)
 
 
+def ending(kind: str, dtype: str = "float32", also: tuple[int, ...] = ()) -> TransformersEngine:
+    """A model that does end its replies: where another token is likely, one that ends them is about as likely."""
+    model, tokenizer = tiny_model(kind, dtype), tiny_tokenizer()
+    head = model.get_output_embeddings().weight
+    with torch.no_grad():
+        for number, token in enumerate((tokenizer.eos_token_id, *also)):
+            head[token] = 1.1 * head[31 + 9 * number] + 0.7 * head[77 + number]
+    if also:
+        model.generation_config.eos_token_id = [tokenizer.eos_token_id, *also]
+    return TransformersEngine(model, tokenizer, name=f"tiny {kind}")
+
+
 @contextmanager
 def opened(path: Path, kind: str, dtype: str = "float32", **options: Any) -> Iterator[KVLoom]:
     """A store under a model that has run nothing yet, as a new process finds it."""

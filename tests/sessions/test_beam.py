@@ -10,8 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kinds import digests, engine, ids_of, tip
-from tiny import tiny_model, tiny_tokenizer
+from kinds import digests, ending, engine, ids_of, tip
 
 from kvloom.beam import Beams, BeamSettings
 from kvloom.engine import TransformersEngine
@@ -19,23 +18,12 @@ from kvloom.errors import NothingToDo, SessionError
 from kvloom.growing import Growing
 from kvloom.loom import KVLoom
 from kvloom.sampling import SamplingSettings
+from kvloom.siblings import Siblings
 from kvloom.textstream import TextStream
 from kvloom_store import turns
 
 SAID = "tell me of the one who would have been there"
 KINDS = ("llama", "gemma3_text")
-
-
-def ending(kind: str, dtype: str = "float32", also: tuple[int, ...] = ()) -> TransformersEngine:
-    """A model that does end its replies: where another token is likely, one that ends them is about as likely."""
-    model, tokenizer = tiny_model(kind, dtype), tiny_tokenizer()
-    head = model.get_output_embeddings().weight
-    with torch.no_grad():
-        for number, token in enumerate((tokenizer.eos_token_id, *also)):
-            head[token] = 1.1 * head[31 + 9 * number] + 0.7 * head[77 + number]
-    if also:
-        model.generation_config.eos_token_id = [tokenizer.eos_token_id, *also]
-    return TransformersEngine(model, tokenizer, name=f"tiny {kind}")
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +64,7 @@ def searched(
     logits = model.prefill(live, ids)
     stream = TextStream(model.tokenizer, stop=stop, skip_ids=model.eos_ids)
     root = Growing(list(ids), SamplingSettings(), 0, tokens, stream, model.eos_ids, hidden=live.hidden)
-    beams = Beams(model, live, root, search)
+    beams = Beams(model, Siblings(model, live, live.length, [0], root.budget), [root], search)
     beams.search(logits[None])
     assert all(path.ids == ids + path.tokens for path in beams.found)
     return [path.tokens for path in beams.found], [beams.score(path) for path in beams.found]

@@ -17,7 +17,7 @@ from kvloom.browse import app as application
 from kvloom.browse.screens import Edit
 from kvloom.browse.speech import Speech
 from kvloom.loom import KVLoom
-from kvloom.shown import clean
+from kvloom.shown import clean, strip
 
 LIMIT = 1 << 19
 SHORT = {"max_tokens": 4}
@@ -63,6 +63,9 @@ def test_at_a_tip_its_branch_moves_on_and_the_cursor_with_it(path: Path, model: 
             assert word in at.shown
 
         assert "● a 4 [main]" in at.shown
+        expected = strip([each.entropy for each in at.app.screen.session.token_scores(at.turn)], 30)
+        assert len(expected) == 4
+        assert f"entropy {expected}" in at.shown
         at.tree.show(replace(at.outline, held=()), at.tree.at)
         await at.pilot.pause()
         assert "○ a 4 [main]" in at.shown

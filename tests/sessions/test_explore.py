@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kinds import engine
+from kinds import ending, engine
 from tiny import tiny_model, tiny_tokenizer
 
 from kvloom.engine import TransformersEngine
@@ -61,11 +61,20 @@ def described(found: Found, loom: KVLoom) -> Any:
     return found.nodes, found.path, found.text, said
 
 
-@pytest.mark.parametrize(("kind", "kills"), [("llama", [2, 9, 4, 7, 3]), ("gemma3_text", [5, 11]), ("jamba", [3, 20])])
+@pytest.mark.parametrize(
+    ("kind", "strategy", "kills"),
+    [
+        ("llama", "tree", [2, 9, 4, 7, 3]),
+        ("gemma3_text", "tree", [5, 11]),
+        ("jamba", "tree", [3, 20]),
+        ("llama", "tree", [41]),  # right after a round, when its state is hardly written yet
+        ("llama", "beam", [2, 41]),
+    ],
+)
 def test_killed_and_taken_up_again_it_ends_with_the_same_tree(
-    tmp_path: Path, engines: Any, kind: str, kills: list[int]
+    tmp_path: Path, engines: Any, kind: str, strategy: str, kills: list[int]
 ) -> None:
-    settings = {**SMALL, "step_tokens": 40, "depth": 2}  # two rounds a step
+    settings = {**SMALL, "strategy": strategy, "step_tokens": 40, "depth": 2}  # of a tree two rounds a step
     with KVLoom(tmp_path / "whole.db", model=engines[kind]) as loom:
         expected = described(loom.session("talk").explore(prompt=PROMPT, **settings).result, loom)
     script = CHILD.format(
@@ -116,6 +125,42 @@ def test_every_candidate_is_a_branch_that_can_be_talked_to(store_path: Path, eng
         left = {branch.name for branch in session.branches()}
         assert left == {"main", "explore", *found.path}
         assert set(gone) == {node.branch for node in found.nodes} - set(found.path)
+
+
+@pytest.mark.parametrize(("score", "penalty"), [("logprob", 0.0), ("length-normalised", 1.0)])
+@pytest.mark.parametrize(("width", "depth", "step_tokens"), [(2, 1, 24), (3, 4, 6), (4, 24, 1), (3, 2, 9)])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_beams_committed_in_steps_find_what_one_beam_search_finds(
+    tmp_path: Path, kind: str, width: int, depth: int, step_tokens: int, score: str, penalty: float
+) -> None:
+    size = {"width": width, "depth": depth, "step_tokens": step_tokens}
+    with KVLoom(tmp_path / "beams.db", model=ending(kind)) as loom:
+        for number, said in enumerate(("what would she have been", "the", "who was there, and when")):
+            session = loom.session(f"talk-{number}")
+            found = session.explore(prompt=said, strategy="beam", score=score, **size).result
+            branch = session.branch()
+            limit = {"max_tokens": depth * step_tokens, "early_stopping": False}
+            expected = branch.beam(said, width=width, length_penalty=penalty, **limit)[0]
+            assert found.best is not None
+            assert (found.text, found.best.score) == (expected.reply.text, pytest.approx(expected.score, abs=1e-4))
+            reply = session.branch(found.best.branch).say("and then", max_tokens=2)
+            assert reply.tokens.replayed == 0
+
+
+def test_beams_refuse_what_has_no_part_in_them(store_path: Path, engines: Any) -> None:
+    for kind, wrong in (
+        ("llama", {"score": "judge"}),
+        ("llama", {"step_stop": (".",)}),
+        ("llama", {"batch": 2}),
+        ("llama", {"top_k": 5}),
+        ("llama", {"temperature": 0.5}),
+        ("jamba", {}),
+    ):
+        with KVLoom(store_path, model=engines[kind]) as loom:
+            session = loom.session(f"talk-{kind}")
+            with pytest.raises(SessionError):
+                session.explore(prompt=PROMPT, strategy="beam", **wrong)
+            assert len(session.tree()) == 0, "nothing was said"
 
 
 @pytest.mark.parametrize("score", ["logprob", "length-normalised", "self-consistency", "judge"])

@@ -16,6 +16,7 @@ from tiny import tiny_model, tiny_tokenizer
 import kvloom
 from kvloom.errors import CorruptRow
 from kvloom.scores import ALTERNATIVES, TokenScore, mean_logprob, perplexity, score
+from kvloom.shown import strip
 from kvloom_proto.scores import read_scores
 from kvloom_store import schema, trie
 
@@ -225,3 +226,16 @@ def test_log_adds_how_likely_each_reply_was(trip: Command):
 
 def test_tokens_and_scores_exclude_each_other(trip: Command):
     fails(trip("show", "trip", "--scores", "--tokens"), 2, "exclude each other")
+
+
+@pytest.mark.parametrize(
+    ("entropies", "width", "shown"),
+    [
+        ([], 5, ""),
+        ([0.0, 0.6, 2.0, 3.99, 40.0], 5, "▁▂▅██"),
+        ([0.0, 0.0, 0.0, 3.0, 0.1], 2, "▁▇"),  # the most uncertain token of a share is seen
+        ([1.0] * 3, 30, "▃▃▃"),
+    ],
+)
+def test_a_strip_shows_how_uncertain_the_model_was(entropies: list[float], width: int, shown: str) -> None:
+    assert strip(entropies, width) == shown

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec
 
 from textual import work
@@ -23,18 +23,22 @@ from kvloom.browse.speech import Speech, told
 from kvloom.browse.transcript import BLOCKS, Block, Transcript, heading
 from kvloom.browse.tree_pane import MARKS, TreePane
 from kvloom.errors import KVLoomError, NothingToDo
-from kvloom.shown import clean, labels, preview, role_style
+from kvloom.shown import clean, labels, preview, role_style, strip
 from kvloom.shown import told as told_of
 from kvloom_store.names import MAIN
 
 if TYPE_CHECKING:
     from kvloom.loom import KVLoom
+    from kvloom.scores import TokenScore
     from kvloom.session import Session, TreeTurn
 
 P = ParamSpec("P")
 
 SPEECH = "speech"
 """The group of the worker that waits for a reply."""
+
+STRIP = 30
+"""Bars of the strip that shows how uncertain the model was along a reply: it fits half of 80 columns."""
 
 LOOKS = 10
 """How often a second a growing reply is looked at."""
@@ -133,7 +137,7 @@ class Conversation(Screen[None]):
     def on_tree_pane_moved(self) -> None:
         tree = self.tree_pane
         path = tree.outline.path(tree.cursor)
-        blocks = [self._block(tree.outline, turn) for turn in path[-BLOCKS:]]
+        blocks = [self._block(tree.outline, turn, here=turn is path[-1]) for turn in path[-BLOCKS:]]
         speech = self.speech
         if speech is not None and speech.saying.at == tree.at:
             if speech.saying.text is not None:
@@ -153,11 +157,20 @@ class Conversation(Screen[None]):
             self._seen = seen
             self.on_tree_pane_moved()
 
-    def _block(self, found: Outline, turn: TreeTurn) -> Block:
+    def _block(self, found: Outline, turn: TreeTurn, *, here: bool = False) -> Block:
         notes = [found.short(turn.id), *labels(turn)]
         if turn.tokens:
             notes.append(f"{turn.tokens} tokens, {'held' if found.is_held(turn) else 'not held'}")
+        if here and (scores := self._scores(turn)):
+            notes.append(f"\nentropy {strip([each.entropy for each in scores], STRIP)}")
         return Block(turn.id, heading(turn.role, role_style(turn.role), notes), turn.text)
+
+    def _scores(self, turn: TreeTurn) -> Sequence[TokenScore]:
+        try:
+            return self.session.token_scores(turn)
+        except KVLoomError as error:  # the text is there all the same
+            self._fail(error)
+            return ()
 
     def _tell(self) -> None:
         """The line below the panes: what is going on, else where the cursor is."""

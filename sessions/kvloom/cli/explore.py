@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from kvloom.explore.search import Event, Found, Search
     from kvloom.session import Session
 
+STRATEGIES = ["tree", "best-first", "best-of", "beam"]
+
 SETTINGS = (
     "strategy",
     "width",
@@ -35,7 +37,9 @@ SETTINGS = (
 @shared
 @ref_argument()
 @click.option("--prompt", metavar="TEXT|-", help="Say this first, on a branch of the search's name.")
-@click.option("--strategy", type=click.Choice(["tree", "best-first", "best-of"]), help="How to search (default tree).")
+@click.option(
+    "--strategy", type=click.Choice(["tree", "best-first", "best-of", "beam"]), help="How to search (default tree)."
+)
 @click.option("--width", type=int, metavar="N", help="Continuations of each path that goes on (default 4).")
 @click.option("--keep", type=int, metavar="N", help="How many paths go on: of a level, or at a time (default 4).")
 @click.option("--depth", type=int, metavar="N", help="Steps at most (default 4).")
@@ -63,6 +67,7 @@ def explore(options: Options, ref: str, prompt: str | None, **values: Any) -> No
     --strategy tree        level by level, of each the best --keep go on
                best-first  always the best --keep that are open
                best-of     --width replies of one step (give --step-tokens)
+               beam        the likeliest replies, --width beams token by token
     --score    length-normalised, logprob  what the model itself thought
                self-consistency            how many others answer the same
                judge                       a model rates each (--judge MODEL)

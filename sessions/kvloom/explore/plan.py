@@ -13,8 +13,11 @@ from typing import Any
 from kvloom.errors import SessionError
 from kvloom_store.explorations import ENDED, GROWING, OPEN, Candidate
 
-STRATEGIES = ("tree", "best-first", "best-of")
-SCORES = ("logprob", "length-normalised", "self-consistency", "judge")
+STRATEGIES = ("tree", "best-first", "best-of", "beam")
+OWN_SCORES = ("logprob", "length-normalised")
+"""Scores that are known before a path has ended, and which beams can therefore be ranked by."""
+
+SCORES = (*OWN_SCORES, "self-consistency", "judge")
 
 ROUND_TOKENS = 32
 """Tokens of each path between two commits: what being killed costs at most."""
@@ -25,7 +28,8 @@ class ExploreSettings:
     """How a search goes. Raises SessionError naming the field that is wrong.
 
     strategy       tree: level by level, of each the best ``keep`` go on; best-first: always the best ``keep`` that
-                   are open, wherever they are; best-of: ``width`` replies of one step
+                   are open, wherever they are; best-of: ``width`` replies of one step; beam: the likeliest replies,
+                   as beam search finds them token by token, the ``width`` beams committed after each step
     width          continuations of each candidate that goes on
     keep           how many go on (tree: of a level, best-first: at a time)
     depth          steps at most
@@ -60,6 +64,11 @@ class ExploreSettings:
                 f"no score {self.score!r}", hint=f"known are {', '.join(SCORES)} and python:MODULE:FUNCTION"
             )
         bounds = {"width": 256, "keep": 256, "depth": 1000, "step_tokens": 1 << 20, "batch": 256}
+        if self.strategy == "beam" and (self.score not in OWN_SCORES or self.step_stop or self.batch < self.width):
+            raise SessionError(
+                f"beams are ranked by {' or '.join(OWN_SCORES)}, in steps of so many tokens, all in one batch",
+                hint="leave out score, step_stop and batch, or choose another strategy",
+            )
         for name, most in bounds.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
@@ -100,6 +109,18 @@ class Grow:
 
 
 @dataclass(frozen=True, slots=True)
+class Beam:
+    """One round of a beam search: these beams (none: the beginning) go on by ``tokens`` at most.
+
+    ``finished`` are the best replies so far.
+    """
+
+    frontier: tuple[Candidate, ...]
+    finished: tuple[Candidate, ...]
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Score:
     """These candidates get their scores; ``among`` all of their level."""
 
@@ -116,7 +137,7 @@ class Done:
     reason: str
 
 
-Step = Grow | Score | Done
+Step = Grow | Beam | Score | Done
 
 
 def next_step(settings: ExploreSettings, candidates: Sequence[Candidate]) -> Step:
@@ -128,6 +149,8 @@ def next_step(settings: ExploreSettings, candidates: Sequence[Candidate]) -> Ste
         return Grow(tuple(alike[: settings.batch]), min(left, ROUND_TOKENS))
     if settings.strategy == "best-first":
         return _best_first(settings, candidates)
+    if settings.strategy == "beam":
+        return _beam(settings, candidates)
     return _tree(settings, candidates)
 
 
@@ -165,6 +188,26 @@ def _best_first(settings: ExploreSettings, candidates: Sequence[Candidate]) -> S
     return _round(settings, candidates, _missing(settings, candidates, best))
 
 
+def _beam(settings: ExploreSettings, candidates: Sequence[Candidate]) -> Step:
+    """Go on with the deepest beams, until none will better the ``width`` best replies that have ended."""
+    unscored = tuple(each for each in candidates if each.score is None)
+    if unscored:
+        return Score(unscored, tuple(candidates))
+    depth = max((each.depth for each in candidates), default=0)
+    frontier = ranked([each for each in candidates if each.depth == depth and each.status == OPEN])
+    finished = ranked([each for each in candidates if each.status == ENDED])[: settings.width]
+    if depth and not frontier:
+        return _done(candidates, "every beam has ended")
+    if len(finished) == settings.width and ranked([*finished, frontier[0]])[-1] is frontier[0]:
+        return _done(candidates, f"no beam will better the {settings.width} replies that have ended")
+    if depth == settings.depth:
+        return _done(candidates, "every beam is as deep as it may be", [*finished, *frontier])
+    spent = sum(each.tokens for each in candidates)
+    if settings.budget_tokens and spent + settings.width * settings.step_tokens > settings.budget_tokens:
+        return _done(candidates, f"of {settings.budget_tokens} tokens {spent} are spent")
+    return Beam(tuple(frontier), tuple(finished), settings.step_tokens)
+
+
 def _missing(
     settings: ExploreSettings, candidates: Sequence[Candidate], parents: Sequence[Candidate | None]
 ) -> list[Child]:
@@ -187,13 +230,14 @@ def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
     return sorted(candidates, key=lambda each: (each.score is None, -(each.score or 0.0), each.row))
 
 
-def _done(candidates: Sequence[Candidate], reason: str) -> Done:
+def _done(candidates: Sequence[Candidate], reason: str, answers: Sequence[Candidate] = ()) -> Done:
+    """The end; the best is the best of ``answers``, or of those that there are in the end."""
     parents = {each.parent for each in candidates}
     leaves = [each for each in candidates if each.row not in parents and each.status != GROWING]
     deepest = max((each.depth for each in leaves), default=0)
     # A path that has ended is an answer; one that was cut off is one only if nothing got further.
-    answers = [each for each in leaves if each.status == ENDED] or [each for each in leaves if each.depth == deepest]
-    best = next(iter(ranked(answers)), None)
+    ended = [each for each in leaves if each.status == ENDED]
+    best = next(iter(ranked(answers or ended or [each for each in leaves if each.depth == deepest])), None)
     kept = _ancestors(best, candidates)
     return Done(best, tuple(each for each in candidates if each.row not in kept), reason)
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -24,15 +24,15 @@ from kvloom.sampling import MAX_SEED, SamplingSettings
 from kvloom.siblings import Siblings
 from kvloom.steps import NewTurn
 from kvloom.textstream import TextStream
-from kvloom_proto.records import LayerKind
-from kvloom_store import explorations, refs, restore, trie
+from kvloom_proto.records import LayerKind, LayerSpec
+from kvloom_store import explorations, refs, trie, turns
 from kvloom_store.explorations import ENDED, GROWING, OPEN, Candidate, Exploration
-from kvloom_store.planner import Read, reads_of
 from kvloom_store.turns import Turn, TurnState
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
 
+    from kvloom.live import Link
     from kvloom.loom import KVLoom
 
 
@@ -85,20 +85,32 @@ def run(
 ) -> Round | None:
     """Do one round; None, with nothing stored, if it was cancelled."""
     with loom.engine.lock:
-        loom.flush()  # which rows paths have in common is read from their segments
-        found = {turn: start_at(loom, turn) for turn in {_turn_of(exploration, path) for path in step.paths}}
-        every = [(path, found[_turn_of(exploration, path)]) for path in step.paths]
-        chosen = _batch(loom, every)
-        step, starts = replace(step, paths=tuple(path for path, _ in chosen)), [at for _, at in chosen]
-        paths = [_path(loom, settings, each, at, step) for each, at in zip(step.paths, starts, strict=True)]
+        chosen = _batch(loom, begun(loom, exploration, step.paths))
+        places, starts = [each for each, _ in chosen], [at for _, at in chosen]
+        paths = [path_of(loom, settings, each, at, step.tokens) for each, at in chosen]
         grown = _grow_alone if loom.engine.apart else _grow
         states, reused = grown(loom, paths, starts, step.tokens, cancel, told)
         if any(path.reason == "interrupted" for path in paths):
             loom.resumer.forget()  # it holds rows of a round that never was
             return None
-        made = _commit(loom, exploration, settings, step, paths, starts, states)
+        limit = loom.engine.context_limit
+        grew = [
+            Grew(each, path, at, held, _status(settings, each, path, limit))
+            for each, path, at, held in zip(places, paths, starts, states, strict=True)
+        ]
+        made = commit(loom, exploration, grew)
     computed, generated = sum(len(path.passes) for path in paths), sum(len(path.tokens) for path in paths)
     return Round(tuple(made), Tokens(reused, 0, computed, generated))
+
+
+def begun(
+    loom: KVLoom, exploration: Exploration, places: Sequence[Child | Candidate]
+) -> list[tuple[Child | Candidate, Start]]:
+    """Where each path of a round goes on from; those that go on from the same turn share it."""
+    loom.flush()  # rows of the round before are in memory until they are written: of one round, not of many
+    rows = [_turn_of(exploration, each) for each in places]
+    found = {row: start_at(loom, row) for row in set(rows)}
+    return [(each, found[row]) for each, row in zip(places, rows, strict=True)]
 
 
 def _batch(loom: KVLoom, every: Sequence[tuple[Child | Candidate, Start]]) -> Sequence[tuple[Child | Candidate, Start]]:
@@ -117,12 +129,14 @@ def _turn_of(exploration: Exploration, path: Child | Candidate) -> int:
     return path.parent.turn if path.parent else exploration.turn
 
 
-def _path(loom: KVLoom, settings: ExploreSettings, each: Child | Candidate, at: Start, step: Grow) -> Growing:
+def path_of(loom: KVLoom, settings: ExploreSettings, each: Child | Candidate, at: Start, tokens: int | None) -> Growing:
+    """A path that goes on from there, by ``tokens`` at most (None: to the end of the context)."""
     engine, seed = loom.engine, seed_of(settings.seed, each.path)
     sampling = SamplingSettings.from_plain({**settings.sampling, "seed": seed})
     before = at.ids[-64:] if at.replies else ()
     stream = TextStream(engine.tokenizer, stop=sampling.stop, skip_ids=engine.eos_ids, before=before)
-    budget = min(step.tokens, engine.context_limit - len(at.ids) - 1)
+    room = engine.context_limit - len(at.ids) - 1
+    budget = room if tokens is None else min(tokens, room)
     return Growing(list(at.ids), sampling, seed, budget, stream, engine.eos_ids, until=settings.step_stop)
 
 
@@ -135,6 +149,29 @@ def _grow(
     told: Told | None,
 ) -> tuple[list[Held], int]:
     """Grow all paths as one batch; their states, and how many tokens were loaded."""
+    batch = together(loom, paths, starts, steps)
+    grow(batch.siblings, paths, batch.logits, close=True, cancel=cancel, told=told)
+    return [batch.state(path, number) for number, path in enumerate(paths)], batch.reused
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Paths that were brought back together: the logits ``[paths, vocab]`` of their next tokens, what each stands on,
+    and how many tokens were loaded."""
+
+    siblings: Siblings
+    logits: torch.Tensor
+    chains: list[list[Link]]
+    layers: tuple[LayerSpec, ...]
+    reused: int
+
+    def state(self, path: Growing, number: int) -> Held:
+        """The state of a path that went on from number so-and-so of the batch."""
+        return path.state(self.chains[number], self.layers)
+
+
+def together(loom: KVLoom, paths: Sequence[Growing], starts: Sequence[Start], steps: int) -> Batch:
+    """Bring paths back as one batch, with room for ``steps`` more tokens each."""
     resumer, shared = loom.resumer, _shared(loom, starts)
     hidden, chains, reused = [], [], 0
     siblings: Siblings | None = None
@@ -155,8 +192,7 @@ def _grow(
     for path, mine in zip(paths, hidden, strict=True):
         path.hidden = mine
     logits = loom.engine.logits_of_all(torch.cat(hidden))
-    grow(siblings, paths, logits, close=True, cancel=cancel, told=told)
-    return [path.state(chain, live.layers) for path, chain in zip(paths, chains, strict=True)], reused
+    return Batch(siblings, logits, chains, live.layers, reused)
 
 
 def _grow_alone(
@@ -176,61 +212,64 @@ def _grow_alone(
 
 
 def _shared(loom: KVLoom, starts: Sequence[Start]) -> int:
-    """How many leading tokens of all paths have their rows in the same segments."""
-    found: dict[int, list[Read]] = {}
+    """How many leading tokens of all paths have their rows from the same turns.
+
+    Whether these are stored by now makes no difference: a search that was killed before they were has the same batches.
+    """
     with loom.database.read() as conn:
-        for start in starts:
-            if start.state.row not in found:
-                found[start.state.row] = _reads(conn, start)
+        found = {start.state.row: _computed_by(conn, start.state) for start in starts}
     shared = 0
-    for reads in zip(*found.values(), strict=False):
-        if len({(read.segment, read.start) for read in reads}) > 1:
+    for parts in zip(*found.values(), strict=False):
+        if len({(row, first) for row, first, _ in parts}) > 1:
             break
-        shared = min(read.end for read in reads)
-        if len({read.end for read in reads}) > 1:
+        shared = min(end for _, _, end in parts)
+        if len({end for _, _, end in parts}) > 1:
             break
     return shared
 
 
-def _reads(conn: sa.Connection, start: Start) -> list[Read]:
-    from kvloom_store import turns
-
-    at: TurnState | None = turns.state(conn, start.state.row)
-    while at is not None and at.segment is None and at.state_end == at.state_start:  # it stands on another turn's
+def _computed_by(conn: sa.Connection, state: TurnState) -> list[tuple[int, int, int]]:
+    """Which turn's state (its row) has which rows [first, end) of a path, the first ones first."""
+    found: list[tuple[int, int, int]] = []
+    upto, at = state.state_end, cast("TurnState | None", state)
+    while at is not None:
+        if at.state_start < upto:
+            found.append((at.row, at.state_start, upto))
+            upto = at.state_start
         at = turns.base_of(conn, at)
-    if at is None or at.segment is None:  # never stored: it is replayed, and shares nothing that is sure
-        return []
-    return reads_of(restore.chain(conn, at.segment), start.state.state_end)
+    return found[::-1]
 
 
-def _commit(
-    loom: KVLoom,
-    exploration: Exploration,
-    settings: ExploreSettings,
-    step: Grow,
-    paths: Sequence[Growing],
-    starts: Sequence[Start],
-    states: Sequence[Held],
-) -> list[Candidate]:
+@dataclass(frozen=True, slots=True)
+class Grew:
+    """What a round made of a candidate: the path it grew by, from where, the state of that, and its status now."""
+
+    place: Child | Candidate
+    path: Growing
+    start: Start
+    held: Held
+    status: str
+
+
+def commit(loom: KVLoom, exploration: Exploration, grew: Sequence[Grew]) -> list[Candidate]:
+    """Commit what a round made, in one transaction; the candidates as they are now, in that order."""
     made: list[Candidate] = []
 
-    def note(conn: sa.Connection, turns: list[Turn]) -> None:
-        for each, path, turn in zip(step.paths, paths, turns, strict=True):
-            if isinstance(each, Candidate):
-                status = _status(settings, path, each.tokens, loom.engine.context_limit)
-                made.append(explorations.grow(conn, each, turn.row, status, len(path.tokens), path.logprob))
+    def note(conn: sa.Connection, added: list[Turn]) -> None:
+        for each, turn in zip(grew, added, strict=True):
+            place, more = each.place, (turn.row, each.status, len(each.path.tokens), each.path.logprob)
+            if isinstance(place, Candidate):
+                made.append(explorations.grow(conn, place, *more))
             else:
-                status = _status(settings, path, 0, loom.engine.context_limit)
-                new = (each.parent, each.number, turn.row, status, len(path.tokens), path.logprob)
-                made.append(explorations.add(conn, exploration, *new))
+                made.append(explorations.add(conn, exploration, place.parent, place.number, *more))
 
     with loom.database.read() as conn:
         branches = {branch.name: branch for branch in refs.branches(conn, exploration.session)}
     additions = []
-    for each, path, at, held in zip(step.paths, paths, starts, states, strict=True):
-        name = branch_name(exploration, each.path)
+    for each in grew:
+        name = branch_name(exploration, each.place.path)
         there = branches.get(name) or NewBranch(exploration.session, name, numbered=False)
-        additions.append((Commits(loom, there), _addition(path, at, held)))
+        additions.append((Commits(loom, there), _addition(each.path, each.start, each.held)))
     commit_all(loom, additions, note)
     return made
 
@@ -240,7 +279,8 @@ def branch_name(exploration: Exploration, path: str) -> str:
     return f"{exploration.name}/{path}"
 
 
-def _status(settings: ExploreSettings, path: Growing, before: int, limit: int) -> str:
+def _status(settings: ExploreSettings, each: Child | Candidate, path: Growing, limit: int) -> str:
+    before = each.tokens if isinstance(each, Candidate) else 0
     if path.reason == "stop" or len(path.ids) + 2 > limit:  # one more token, run as well, would not fit the context
         return ENDED
     if path.reason == "step" or before + len(path.tokens) >= settings.step_tokens:
@@ -251,7 +291,7 @@ def _status(settings: ExploreSettings, path: Growing, before: int, limit: int) -
 def _addition(path: Growing, at: Start, held: Held) -> Addition:
     new = NewTurn(
         {"role": "assistant", "content": path.text()},
-        finish_reason="length" if path.reason == "step" else path.reason,
+        finish_reason="stop" if path.reason == "stop" else "length",
         settings={**path.settings.to_plain(), "reopened": path.stream.reopened},
         timings={"tokens": asdict(Tokens(computed=len(path.passes), generated=len(path.tokens)))},
         continues=at.replies,

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from kvloom.commit import Commits
 from kvloom.errors import NothingToDo, SessionError
-from kvloom.explore import rounds
+from kvloom.explore import beams, rounds
 from kvloom.explore.judge import Judge
-from kvloom.explore.plan import Done, ExploreSettings, Grow, Score, next_step
+from kvloom.explore.plan import Beam, Done, ExploreSettings, Grow, Score, next_step
 from kvloom.explore.scoring import scorer_of
 from kvloom.path import said
 from kvloom.planned import PlannedBranch
@@ -111,6 +111,8 @@ class Search:
         else:
             self.settings = _same(ExploreSettings.from_plain(there.settings), given)
         self._scorer = scorer_of(self.settings, self._judge)  # before anything is said or stored
+        if self.settings.strategy == "beam":
+            beams.beam_settings(self.settings).check_for(self._loom.engine)
         self._exploration = there or self._begin(at, prompt, name, resume)
 
     @property
@@ -135,7 +137,7 @@ class Search:
                 step = next_step(self.settings, made)
                 if isinstance(step, Done) or (self._cancel is not None and self._cancel.is_set()):
                     break
-                yield from self._grow(step) if isinstance(step, Grow) else self._score(step)
+                yield from self._score(step) if isinstance(step, Score) else self._grow(step)
                 made = self._candidates()
         finally:
             for _, loom in self._judges:
@@ -162,13 +164,17 @@ class Search:
                 refs.remove_branch(conn, rows[name])
         return gone
 
-    def _grow(self, step: Grow) -> Iterator[Event]:
-        done = rounds.run(self._loom, self._exploration, self.settings, step, cancel=self._cancel, told=self._told)
+    def _grow(self, step: Grow | Beam) -> Iterator[Event]:
+        about = (self._loom, self._exploration, self.settings)
+        if isinstance(step, Beam):
+            done = beams.run(*about, step, cancel=self._cancel, told=self._told)
+        else:
+            done = rounds.run(*about, step, cancel=self._cancel, told=self._told)
         if done is None:
             return
         self._tokens = Tokens(*(getattr(self._tokens, f.name) + getattr(done.tokens, f.name) for f in fields(Tokens)))
         nodes = self._nodes(done.candidates)
-        yield Event("made", nodes, self._tokens, len(step.paths))
+        yield Event("made", nodes, self._tokens, len(nodes))
 
     def _score(self, step: Score) -> Iterator[Event]:
         texts = {each.row: self._text(each) for each in {*step.candidates, *step.among}}
@@ -286,6 +292,10 @@ def _settings(given: Mapping[str, Any]) -> ExploreSettings:
     sampling = {"temperature": 1.0, **{name: value for name, value in given.items() if name not in own}}
     checked = SamplingSettings.from_plain({**sampling, "stop": tuple(sampling.get("stop", ()))})
     plain = {name: value for name, value in checked.to_plain().items() if name in sampling}
+    others = sorted(set(given) - own - {"stop", "temperature"})
+    if given.get("strategy") == "beam" and (others or sampling["temperature"] != 1.0):
+        other = (others or ["temperature"])[0]
+        raise SessionError(f"a beam search does not sample: {other} has no part in it", hint="leave it out")
     chosen = {name: value for name, value in given.items() if name in own}
     if chosen.get("seed") is None:
         chosen["seed"] = fresh_seed()
