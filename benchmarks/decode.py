@@ -30,6 +30,7 @@ def measure(model: str, dtype: str, contexts: Sequence[int], tokens: int, rounds
     import kvloom
 
     engine = kvloom.load_engine(model, dtype=dtype)
+    engine.model.generation_config.eos_token_id = None  # it goes on as long as ours does, whatever it says
     given = ids(engine.tokenizer, max(contexts) + 1)
     live = engine.new_state(max(contexts) + tokens + 1)
     engine.prefill(live, given[:-1])
@@ -67,8 +68,7 @@ def _ours(engine: Any, live: Any, given: list[int], tokens: int) -> list[int]:
 
 
 def _theirs(model: Any, given: Any, cache: Any, tokens: int) -> list[int]:
-    # Without an end token, so that it goes on as long as ours; an empty list would be filled up from the model's own.
-    made = model.generate(given, past_key_values=cache, do_sample=False, max_new_tokens=tokens, eos_token_id=-1)
+    made = model.generate(given, past_key_values=cache, do_sample=False, max_new_tokens=tokens)
     said: list[int] = made[0, given.shape[1] :].tolist()
     return said
 

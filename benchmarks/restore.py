@@ -10,6 +10,7 @@ Cold: the file was dropped from the page cache before. ``from_disk`` says how mu
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import tempfile
@@ -153,14 +154,13 @@ def measure(folder: str, side: str, tokens: int, again: int) -> dict[str, Any]:
     """In a process of its own: seconds of the first time, and of those after it."""
     import kvloom
 
-    if side == "torch.save" or side == "safetensors":
-        import torch  # not to be timed
-
-        _ = torch.get_num_threads()
+    for name in ("kvloom_store.planner", "kvloom_store.restore", "kvloom_store.turns", "kvloom_store.rows"):
+        importlib.import_module(name)  # not to be timed
     store = Path(folder) / "kvloom.db"
     if side in (WHOLE, MANY):
         with kvloom.open(store) as loom, loom.database.read() as conn:
             return _times(again, _kvloom, conn, side, tokens)
+    importlib.import_module("safetensors.torch")  # and torch with it
     layers = _layers(store)
     peer = {"safetensors": _safetensors, "torch.save": _torch_save}[side]
     return _times(again, peer, Path(folder), layers, tokens)
