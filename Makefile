@@ -13,10 +13,10 @@ INSTALLED := $(VENV)/.installed
 PACKAGES := proto/kvloom_proto store/kvloom_store sessions/kvloom
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test exact models lint bench clean
+.PHONY: help install demo test exact models lint bench bench-peers clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):[^#]*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-8s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
 
 demo: $(INSTALLED) ## a conversation that is killed, resumed and branched, with what that cost
 	$(PY) examples/demo.py $(ARGS)
@@ -35,13 +35,17 @@ lint: $(INSTALLED) ## ruff, its format check, and mypy --strict on the three pac
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy --strict $(PACKAGES)
 
-bench: $(INSTALLED) ## the measurements that the documentation quotes
+bench: $(INSTALLED) ## the measurements that the documentation quotes: 25 minutes; QUICK=1: 3; ARGS="first_token restore": some
 	$(PY) -m benchmarks $(ARGS)
+
+# PyPI has no wheel of it. Built for this machine's processor, as whoever is compared with deserves.
+bench-peers: $(INSTALLED) ## llama.cpp for make bench to compare with: built here, with cmake and a C++ compiler, in ten minutes
+	CMAKE_ARGS="-DGGML_NATIVE=ON" $(PY) -m pip install --quiet -c constraints.txt llama-cpp-python==0.3.36
 
 install: $(INSTALLED) ## only make the virtual environment
 
 clean: ## remove the virtual environment, the demo's files and what tools left; no store, no model
-	rm -rf $(VENV) .demo dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .demo .bench dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip is brought up to the pinned version first: the one that comes with Python 3.11 knows no dependency groups.

@@ -102,17 +102,23 @@ def section(found: Mapping[str, Any]) -> Section:
     for name, said in ways.items():
         each = found[name]
         ratio = each["memory"] / each["unique"]
-        rows.append([said, f"{each['memory'] / 1e6:.0f} MB", f"{each['unique'] / 1e6:.0f} MB", number(ratio)])
-        figure = f"{found['branches']} branches {said}: memory over their unique state"
+        again = f"{each['read_again'] / 1e6:.0f} MB" if "read_again" in each else ""
+        rows.append([said, f"{each['memory'] / 1e6:.0f} MB", f"{each['unique'] / 1e6:.0f} MB", number(ratio), again])
+        more = f" ({again} read again)" if again else ""
+        figure = f"{found['branches']} branches {said}: memory over their unique state{more}"
         bars.append(Bar(figure, ratio, 1.1, unit=" times"))
-    talked = found["talked"]
     text = (
         f"{found['branches']} branches over some {found['prefix']:,} common tokens, {found['dtype']}, open in one "
-        "process: its own memory above what it was with the model loaded, against the state of their distinct "
-        f"tokens. When each was gone on from a second time, {talked['read_again'] / 1e6:.0f} MB were read from the "
-        f"file again, and a branch waited {time(talked['seconds_again'])} at most for its state."
+        "process: its own memory above what it was with the model loaded, against the state of their distinct tokens. "
+        "Read again: from the file, when each was gone on from a second time; a branch waited "
+        f"{time(found['talked']['seconds_again'])} at most for its state then."
     )
-    return Section("Several branches in memory", text, [Table(["", "memory", "unique state", "over"], rows)], bars=bars)
+    return Section(
+        "Several branches in memory",
+        text,
+        [Table(["", "memory", "unique state", "over", "read again"], rows)],
+        bars=bars,
+    )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
@@ -100,4 +101,8 @@ def section(found: Mapping[str, Any]) -> Section:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"machine": machine(), **run()}, indent=2))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--codec", default="auto")
+    given = parser.parse_args()
+    print(json.dumps({"machine": machine(), **run(dtype=given.dtype, codec=given.codec)}, indent=2))

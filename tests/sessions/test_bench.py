@@ -176,6 +176,23 @@ def test_a_file_that_was_dropped_is_read_again(tmp_path: Path):
     assert path.read_bytes() == b"x" * 5_000_000
 
 
+def test_figures_of_the_readme_name_their_command():
+    readme = (ROOT / "README.md").read_text()
+    figures = readme[readme.index("## Figures") : readme.index("## Limits")]
+    for paragraph in figures.split("\n\n"):
+        if re.search(r"\d (s|ms|times|tokens a second)\b", paragraph) and not paragraph.startswith("|"):
+            assert re.search(r"make bench|benchmarks", paragraph), paragraph
+
+
+@pytest.mark.parametrize("page_name", ["README.md", "CONTRIBUTING.md", "benchmarks/NOTES.md", "ARCHITECTURE.md"])
+def test_measurements_that_documents_name_are_there(page_name: str):
+    text = (ROOT / page_name).read_text()
+    named = re.findall(r"python -m benchmarks[. ](\w+)|make bench ARGS=\"?(\w+)", text)
+    listed = [name for some in re.findall(r"\(bench: ([\w, ]+)\)", text) for name in some.split(", ")]
+    for name in {*("".join(pair) for pair in named), *listed} - {"NAME"}:
+        assert name in (*bench.ON_PAGE, *bench.BESIDES), f"{page_name} names {name}"
+
+
 @pytest.mark.parametrize("name", [*bench.ON_PAGE, *bench.BESIDES])
 def test_the_arguments_of_a_quick_run_are_those_of_the_measurement(name: str):
     import inspect
