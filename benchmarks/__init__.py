@@ -2,6 +2,6 @@
 
 __main__, page, report, plot        the run; its page, made of the JSON; what a measurement shows; SVG
 common, processes, stored, small    texts and medians; new processes and the page cache; stored state; small models
-first_token, turn, restore, capture, decode, memory, tree, fork         on the page (llama_state: a peer of restore)
+first_token, turn, restore, capture, decode, memory, tree, fork         on the page (limits, llama_state: of restore)
 siblings, explore, windows, keyframes, shared_prompts, grid             of single decisions: see NOTES.md
 """

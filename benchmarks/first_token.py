@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import machine, recompute, spread, timed, words
+from benchmarks.common import ids, machine, recompute, spread, timed
 from benchmarks.plot import LinePlot, points
 from benchmarks.processes import drop_cached, in_new_process, read_through
 from benchmarks.report import Bar, Section, Table, ranged, time
@@ -38,11 +38,11 @@ QUICK = {"lengths": (256, 1024), "short": (32,), "rounds": 1, "dtypes": ("float3
 
 
 def prepare(store: str, model: str, dtype: str, tokens: int) -> None:
-    """A branch of one turn, whose state is held for a few more tokens than that."""
+    """A conversation of one turn, whose state is held for one more token than that."""
     import kvloom
 
     with kvloom.open(store, model=model, dtype=dtype, codec="raw") as loom:
-        tell(loom, "told", [words(loom.engine.tokenizer, tokens)])
+        tell(loom, SESSION, ids(loom.engine.tokenizer, tokens + 1))
 
 
 def measure(
@@ -60,9 +60,9 @@ def measure(
         warm = [_restored(engine, store, length) for _ in range(rounds)]
         drop_cached(store)
         cold = _restored(engine, store, length)
-        ids = warm[0].pop("ids")
-        times = {str(step): timed(recompute, engine.model, ids, step)[0] for step in passes}
-        found[tokens] = {"warm": [_times(each) for each in warm], "cold": _times(cold), "recompute": times}
+        told = ids(engine.tokenizer, length + 1)
+        times = {str(step): timed(recompute, engine.model, told, step)[0] for step in passes}
+        found[tokens] = {"warm": warm, "cold": cold, "recompute": times}
     return found
 
 
@@ -71,7 +71,7 @@ def _restored(engine: Any, store: str, length: int) -> dict[str, Any]:
     import kvloom
 
     with kvloom.open(store, model=engine, codec="raw") as loom:
-        path = path_of(loom, SESSION, "told")
+        path = path_of(loom, SESSION)
         _ = loom.resumer
         gc.collect()
         restore, (live, account) = timed(bring_back, loom, path, length)
@@ -88,16 +88,11 @@ def _restored(engine: Any, store: str, length: int) -> dict[str, Any]:
             "first_token": restore + first,
             "in_memory": spread(again)["median"],
             "bytes": account.bytes_read,
-            "ids": path.ids[: length + 1],
         }
 
 
 def _choose(engine: Any, live: Any, tokens: Sequence[int]) -> int:
     return int(engine.run_pass(live, tokens).argmax())
-
-
-def _times(restored: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in restored.items() if name != "ids"}
 
 
 def run(

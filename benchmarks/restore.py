@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import llama_state
-from benchmarks.common import ids, machine, spread, timed, words
+from benchmarks import limits, llama_state
+from benchmarks.common import ids, machine, spread, timed
+from benchmarks.limits import BESIDE, ROOM
 from benchmarks.plot import BarPlot
 from benchmarks.processes import counted, drop_cached, in_new_process, read_through
 from benchmarks.report import Bar, Section, Table, number, ranged, rate, time
-from benchmarks.stored import SESSION, tell
+from benchmarks.stored import tell
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
@@ -34,19 +34,12 @@ if TYPE_CHECKING:
 
 TOKENS, REPLIES = 4096, 200
 AGAIN = 3
-ROOM = 1024
-"""Tokens that a buffer is larger than the state, as where it is read for the next turn."""
-
-FRAMING = 4
-"""Tokens, at least, that a chat template puts around a message (SmolLM2's: 5)."""
-
-BLOCK = 4 << 20
-"""Bytes that the limits read and hash at a time, as much as a chunk has."""
-
 QUICK = {"tokens": 1024, "replies": 20, "rounds": 1, "dtypes": ("bfloat16",)}
 
 WHOLE, MANY = "whole", "replies"
-"""Branches of the store: one turn; as many tokens in so many exchanges."""
+"""Sessions of the store: one turn; as many tokens in so many exchanges."""
+
+DISK = "disk, sequential"
 
 
 def prepare(folder: str, model: str, dtype: str, tokens: int, replies: int) -> int:
@@ -54,20 +47,13 @@ def prepare(folder: str, model: str, dtype: str, tokens: int, replies: int) -> i
     import kvloom
 
     with kvloom.open(Path(folder) / "kvloom.db", model=model, dtype=dtype, codec="raw") as loom:
-        tell(loom, WHOLE, [words(loom.engine.tokenizer, tokens)])
-        tell(loom, MANY, exchanges(loom.engine.tokenizer, replies, tokens))
+        text = ids(loom.engine.tokenizer, 2 * tokens)  # other words for the other one: state of the same is shared
+        tell(loom, WHOLE, text[:tokens])
+        tell(loom, MANY, text[tokens:], 2 * replies)
     with kvloom.open(Path(folder) / "kvloom.db") as loom, loom.database.read() as conn:
         buffer = _kvloom(conn, WHOLE, tokens)
-        assert _links(conn, MANY)[-1].end >= tokens, "the exchanges are too short"
     _save_peers(Path(folder), buffer, tokens)
     return tokens * row_bytes(buffer.layers)
-
-
-def exchanges(tokenizer: Any, replies: int, tokens: int) -> list[str]:
-    """Short messages, two an exchange: with their framing they come to a little more than ``tokens`` tokens."""
-    width = max(1.0, tokens / (2 * replies) - FRAMING)
-    text = ids(tokenizer, round(2 * replies * width) + 1)
-    return [tokenizer.decode(text[int(n * width) : int((n + 1) * width)]) or "." for n in range(2 * replies)]
 
 
 def row_bytes(layers: Sequence[LayerSpec]) -> int:
@@ -104,11 +90,11 @@ def _tensor(rows: Any, dtype: str) -> Any:
 # The sides: each is a function that brings the state into a new buffer, ready to be timed.
 
 
-def _kvloom(conn: sa.Connection, branch: str, tokens: int) -> RowBuffer:
+def _kvloom(conn: sa.Connection, session: str, tokens: int) -> RowBuffer:
     from kvloom_store import planner, restore
     from kvloom_store.rows import RowBuffer
 
-    links = _links(conn, branch)
+    links = _links(conn, session)
     layers = links[-1].manifest.layers
     plan = planner.plan(links, tokens, layers)
     buffer = RowBuffer(layers, tokens + ROOM)
@@ -116,12 +102,12 @@ def _kvloom(conn: sa.Connection, branch: str, tokens: int) -> RowBuffer:
     return buffer
 
 
-def _links(conn: sa.Connection, branch: str) -> list[Link]:
-    """The segments that the state of a branch consists of."""
+def _links(conn: sa.Connection, session: str) -> list[Link]:
+    """The segments that the state of a conversation consists of."""
     from kvloom_store import refs, restore, turns
-    from kvloom_store.names import Ref
+    from kvloom_store.names import MAIN, Ref
 
-    turn = refs.resolve(conn, Ref(SESSION, branch, 0)).turn
+    turn = refs.resolve(conn, Ref(session, MAIN, 0)).turn
     assert turn is not None
     segment = turns.states_of(conn, [turn])[0].segment
     assert segment is not None
@@ -181,63 +167,10 @@ def _times(again: int, action: Callable[..., Any], *given: Any) -> dict[str, Any
     return {"first": first, "again": [timed(action, *given)[0] for _ in range(again)], "from_disk": from_disk}
 
 
-def limits(folder: str, tokens: int, again: int) -> dict[str, Any]:
-    """In a process of its own, one thread: bytes a second of each stage that a restore consists of."""
-    import numpy as np
-
-    from kvloom_store.checksum import digest
-    from kvloom_store.rows import RowBuffer
-
+def measure_limits(folder: str, tokens: int, again: int) -> dict[str, float]:
+    """In a process of its own, see ``limits``."""
     layers = _layers(Path(folder) / "kvloom.db")
-    size = tokens * row_bytes(layers)
-    there, other = np.ones(size, np.uint8), np.ones(size, np.uint8)
-    blocks = [memoryview(there)[at : at + BLOCK] for at in range(0, size, BLOCK)]
-
-    def into_fresh() -> None:
-        buffer = RowBuffer(layers, tokens + ROOM)
-        at = 0
-        for held in buffer.tensors:
-            for rows in held:
-                part = rows[:, :tokens]
-                part[...] = there[at : at + part.nbytes].view(part.dtype).reshape(part.shape)
-                at += part.nbytes
-
-    def read_file() -> None:
-        with open(Path(folder) / "state.safetensors", "rb", buffering=0) as file:
-            for block in blocks:
-                file.readinto(block)
-
-    def hash_all() -> None:
-        for block in blocks:
-            digest(block)  # type: ignore[arg-type]
-
-    stages = {
-        "memory copy": lambda: np.copyto(other, there),
-        "copy into fresh memory": into_fresh,
-        "page cache read": read_file,
-        "hash": hash_all,
-    }
-    return {name: size / min(timed(stage)[0] for _ in range(again)) for name, stage in stages.items()}
-
-
-def disk(folder: str) -> dict[str, Any]:
-    """In a process of its own: a file of the same bytes from the first to the last, as fast as the disk gives them."""
-    path = Path(folder) / "state.safetensors"
-    block = memoryview(bytearray(BLOCK))
-    for at in range(0, BLOCK, 4096):
-        block[at] = 1
-    before = counted("read_bytes")
-
-    def read() -> int:
-        total = 0
-        with open(path, "rb", buffering=0) as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-            while size := file.readinto(block):
-                total += size
-        return total
-
-    seconds, total = timed(read)
-    return {"first": seconds, "rate": total / seconds, "from_disk": counted("read_bytes") - before}
+    return limits.stages(f"{folder}/state.safetensors", layers, tokens, again)
 
 
 def run(
@@ -255,7 +188,7 @@ def run(
             folder.mkdir()
             size = in_new_process(prepare, folder=str(folder), model=model, dtype=dtype, tokens=tokens, replies=replies)
             peers = llama_state.prepare_in(folder, tokens) if dtype == "bfloat16" and model == "smollm2" else {}
-            rows = [_round(folder, tokens, peers) for _ in range(rounds)]
+            rows = [_round(folder, tokens, peers, number) for number in range(rounds)]
             results[dtype] = {"bytes": size, **_summary(rows, size)}
     return results
 
@@ -265,11 +198,13 @@ def _files(folder: Path, peers: Mapping[str, Path]) -> dict[str, Path]:
     return {**{side: folder / name for side, name in names.items()}, **peers}
 
 
-def _round(folder: Path, tokens: int, peers: Mapping[str, Path]) -> dict[str, Any]:
+def _round(folder: Path, tokens: int, peers: Mapping[str, Path], number: int) -> dict[str, Any]:
     files = _files(folder, peers)
+    order = list(files)[number % len(files) :] + list(files)[: number % len(files)]  # each comes first by turns
     found: dict[str, Any] = {"warm": {}, "cold": {}}
     for heat in ("warm", "cold"):
-        for side, path in files.items():
+        for side in order:
+            path = files[side]
             read_through(path)
             if heat == "cold":
                 drop_cached(path)
@@ -280,26 +215,28 @@ def _round(folder: Path, tokens: int, peers: Mapping[str, Path]) -> dict[str, An
                 made = in_new_process(measure, folder=str(folder), side=side, tokens=tokens, again=again)
             found[heat][side] = made
     read_through(folder / "state.safetensors")
-    found["limits"] = in_new_process(limits, folder=str(folder), tokens=tokens, again=AGAIN)
+    found["limits"] = in_new_process(measure_limits, folder=str(folder), tokens=tokens, again=AGAIN)
     drop_cached(folder / "state.safetensors")
-    found["disk"] = in_new_process(disk, folder=str(folder))
+    found["disk"] = in_new_process(limits.disk, path=str(folder / "state.safetensors"))
     return found
 
 
 def _summary(rows: Sequence[Mapping[str, Any]], size: int) -> dict[str, Any]:
-    sides = list(rows[0]["warm"])
+    sides = list(rows[0]["warm"])  # the first round is in the order of the page
     first = {side: [row["warm"][side]["first"] for row in rows] for side in sides}
     again = {side: [spread(row["warm"][side]["again"])["median"] for row in rows] for side in sides}
     cold = {side: [row["cold"][side]["first"] for row in rows] for side in sides}
-    slowest = [min(value for name, value in row["limits"].items() if name != "memory copy") for row in rows]
+    slowest = [min(value for name, value in row["limits"].items() if name != BESIDE) for row in rows]
     return {
         "first": {side: spread(values) for side, values in first.items()},
         "again": {side: spread(values) for side, values in again.items()},
         "cold": {side: spread(values) for side, values in cold.items()},
-        "from_disk": {side: min(row["cold"][side]["from_disk"] for row in rows) for side in sides},
+        "from_disk": {
+            **{side: min(row["cold"][side]["from_disk"] for row in rows) for side in sides},
+            DISK: min(row["disk"]["from_disk"] for row in rows),
+        },
         "limits": {name: spread([row["limits"][name] for row in rows]) for name in rows[0]["limits"]},
         "disk": spread([row["disk"]["rate"] for row in rows]),
-        "disk_from_disk": min(row["disk"]["from_disk"] for row in rows),
         "of_safetensors_first": spread(_over(first["safetensors"], first[WHOLE])),
         "of_safetensors_again": spread(_over(again["safetensors"], again[WHOLE])),
         "of_slowest_stage": spread([size / ours / limit for ours, limit in zip(again[WHOLE], slowest, strict=True)]),
@@ -321,7 +258,6 @@ def section(found: Mapping[str, Any]) -> Section:
     names = {WHOLE: "kvloom, one turn", MANY: f"kvloom, {replies} exchanges"}
     tables, plots, bars = [], [], []
     for dtype, each in ((name, value) for name, value in found.items() if isinstance(value, dict)):
-        size = each["bytes"]
         tables.append(_sides(dtype, each, names))
         tables.append(_limits(dtype, each))
         plots.append(_plot(dtype, each, names))
@@ -331,7 +267,7 @@ def section(found: Mapping[str, Any]) -> Section:
         bars.append(
             Bar(f"restore, {dtype}: of its slowest stage", each["of_slowest_stage"]["median"], 0.6, at_least=True)
         )
-        cold = each["cold_of_disk"]["median"] if each["from_disk"][WHOLE] > 0.9 * size else None
+        cold = each["cold_of_disk"]["median"] if _was_cold(each, WHOLE) and _was_cold(each, DISK) else None
         bars.append(Bar(f"restore, {dtype}, cold: of the disk's sequential read", cold, 0.8, at_least=True))
         figure = f"{tokens:,} tokens of {replies} exchanges, {dtype}: over one turn's"
         bars.append(
@@ -351,24 +287,29 @@ def _sides(dtype: str, each: Mapping[str, Any], names: Mapping[str, str]) -> Tab
     size = each["bytes"]
     rows = []
     for side in each["first"]:
-        cold_is_cold = each["from_disk"][side] > 0.9 * size
+        cold = _was_cold(each, side)
         rows.append(
             [
                 names.get(side, side),
                 ranged(each["first"][side], time),
                 ranged(each["again"][side], time),
                 rate(size / each["again"][side]["median"]),
-                ranged(each["cold"][side], time) if cold_is_cold else "not read from a disk",
-                rate(size / each["cold"][side]["median"]) if cold_is_cold else "",
+                ranged(each["cold"][side], time) if cold else "not read from a disk",
+                rate(size / each["cold"][side]["median"]) if cold else "",
             ]
         )
     return Table(["", "first", "then", "", "cold", ""], rows, f"**{dtype}**, {size / 1e6:.0f} MB")
 
 
+def _was_cold(each: Mapping[str, Any], side: str) -> bool:
+    """Whether it came from a disk, all of it but what a look at the file's beginning had brought."""
+    return bool(each["from_disk"][side] > 0.9 * each["bytes"])
+
+
 def _limits(dtype: str, each: Mapping[str, Any]) -> Table:
     rows = [[name, ranged(found, rate)] for name, found in each["limits"].items()]
-    rows.append(["disk, sequential", ranged(each["disk"], rate)])
-    stages = [found["median"] for name, found in each["limits"].items() if name != "memory copy"]
+    rows.append([DISK, ranged(each["disk"], rate) if _was_cold(each, DISK) else "not read from a disk"])
+    stages = [found["median"] for name, found in each["limits"].items() if name != BESIDE]
     rows.append(
         ["read, hash and copy into fresh memory, one after another", rate(1 / sum(1 / stage for stage in stages))]
     )
@@ -384,7 +325,7 @@ def _plot(dtype: str, each: Mapping[str, Any], names: Mapping[str, str]) -> BarP
     }
     for name, found in each["limits"].items():
         groups[f"limit: {name}"] = [None, found["median"] / 1e9, None]
-    groups["limit: disk, sequential"] = [None, None, each["disk"]["median"] / 1e9]
+    groups[f"limit: {DISK}"] = [None, None, each["disk"]["median"] / 1e9]
     return BarPlot(
         f"restore-{dtype}", f"Restoring {size / 1e6:.0f} MB, {dtype}", "GB/s", ["first", "then", "cold"], groups
     )

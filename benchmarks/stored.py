@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,14 +16,19 @@ if TYPE_CHECKING:
 SESSION = "novel"
 
 
-def tell(loom: KVLoom, branch: str, texts: Sequence[str]) -> None:
-    """Store a branch of turns that say these texts, the user's and the replies by turns: computed, none generated."""
-    from kvloom.planned import PlannedBranch
-    from kvloom.steps import Given
+def tell(loom: KVLoom, session: str, ids: Sequence[int], turns: int = 1) -> None:
+    """Store a conversation of exactly these tokens, cut into so many turns: their state is computed, none generated."""
+    from kvloom.append import Append
+    from kvloom.commit import Commits
+    from kvloom.steps import NewTurn, Step
 
-    roles = ("user", "assistant")
-    given = [Given({"role": roles[number % 2], "content": text}) for number, text in enumerate(texts)]
-    PlannedBranch(loom.session(SESSION), None, given, branch, branch).run()
+    cuts = [len(ids) * number // turns for number in range(turns + 1)]
+    steps = []
+    for number, (start, end) in enumerate(itertools.pairwise(cuts)):
+        message = {"role": ("user", "assistant")[number % 2], "content": loom.engine.tokenizer.decode(ids[start:end])}
+        steps.append(Step(NewTurn(message), start, tuple(ids[start:end])))
+    branch = loom.session(session).branch()
+    Append(loom, Commits(loom, branch.row), None, None, []).run(session, steps)
     loom.flush()
 
 
