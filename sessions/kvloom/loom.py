@@ -50,6 +50,7 @@ class KVLoom:
         """Open the store at ``path`` (default: ``KVLOOM_STORE``, else the platform's data folder).
 
         ``model`` is an alias, a folder, a .gguf file or a hub name, or an engine that holds a model already.
+        ``device`` is where a model that is loaded runs: cpu, cuda, mps, or auto (an accelerator if there is one).
         ``codec`` is how new state is stored: raw, planes-lz4, or auto (planes-lz4 where it helps).
         ``keyframe_spacing``: of models that overwrite state in place (recurrent, SSM, convolution), a copy is kept at
         least every so many tokens (default 256): a restore at any token runs at most so many again.
@@ -143,7 +144,8 @@ class KVLoom:
         """Begin to read a branch's state, if the model is still to be loaded: it is there when the model is."""
         from kvloom.prefetch import Prefetch
 
-        if isinstance(self._model, str) and "engine" not in self.__dict__ and self._prefetch is None:
+        to_load = isinstance(self._model, str) and "engine" not in self.__dict__
+        if to_load and self._device == "cpu" and self._prefetch is None:
             self._prefetch = Prefetch(self.database, session, branch)
 
     def session(
