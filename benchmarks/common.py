@@ -1,16 +1,20 @@
-"""What every measurement needs: the model, a text of known length, the machine's description, medians."""
+"""What every measurement needs: a text of known length, the machine's description, medians, plain recomputation."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
+import sqlite3
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 TEXT = Path(__file__).parent.parent / "examples" / "data" / "pride_and_prejudice.txt"
+LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "sqlalchemy", "xxhash", "llama-cpp-python")
 
 
 def machine() -> dict[str, Any]:
@@ -22,12 +26,25 @@ def machine() -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "system": platform.platform(),
+        "temporary_files_on": _filesystem(Path(tempfile.gettempdir())),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "load": [round(value, 2) for value in os.getloadavg()],
-        "python": platform.python_version(),
+        "versions": _versions(),
     }
+
+
+def _versions() -> dict[str, str]:
+    from kvloom._version import __version__
+
+    found = {"Python": platform.python_version(), "SQLite": sqlite3.sqlite_version, "kvloom": __version__}
+    for name in LIBRARIES:
+        try:
+            found.setdefault(name, importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def _processor() -> str:
@@ -39,22 +56,48 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def _filesystem(path: Path) -> str:
+    """The kind of file system: a "cold" read of tmpfs would read no disk."""
+    import psutil
+
+    mounts = [part for part in psutil.disk_partitions(all=True) if path.resolve().is_relative_to(part.mountpoint)]
+    return max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else "unknown"
+
+
+def ids(tokenizer: Any, tokens: int) -> list[int]:
+    """So many tokens of natural text (the shipped text, over and over if it is too short)."""
+    found: list[int] = tokenizer(TEXT.read_text())["input_ids"]
+    while len(found) < tokens:
+        found += found
+    return found[:tokens]
+
+
 def words(tokenizer: Any, tokens: int) -> str:
-    """Natural text of about so many tokens (the shipped text, over and over if it is too short)."""
-    text = TEXT.read_text()
-    ids = tokenizer(text)["input_ids"]
-    while len(ids) < tokens:
-        ids += ids
-    return str(tokenizer.decode(ids[:tokens]))
+    """Natural text of about so many tokens."""
+    return str(tokenizer.decode(ids(tokenizer, tokens)))
 
 
-def timed(action: Callable[[], Any]) -> tuple[float, Any]:
+def recompute(model: Any, tokens: Sequence[int], step: int) -> Any:
+    """transformers' own prefill, in passes of ``step`` tokens; its cache."""
+    import torch
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        for start in range(0, len(tokens), step):
+            part = torch.tensor([list(tokens[start : start + step])])
+            positions = torch.arange(start, start + part.shape[1])[None]
+            model(part, past_key_values=cache, position_ids=positions, logits_to_keep=1)
+    return cache
+
+
+def timed(action: Callable[..., Any], *given: Any) -> tuple[float, Any]:
     """Seconds, and what the action returned."""
     start = time.perf_counter()
-    result = action()
+    result = action(*given)
     return time.perf_counter() - start, result
 
 
-def spread(values: list[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
     """Minimum, median and maximum."""
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}

@@ -19,13 +19,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import machine, timed, words
+from benchmarks.common import machine, recompute, timed, words
 
 PROBLEM, SAMPLE = 2000, 6
 SETTINGS = {"width": 4, "keep": 4, "depth": 14, "step_tokens": 32, "seed": 1}
 """4 nodes, and then 16 a level: 212, if no path ends early."""
 
 KILLS = 5
+QUICK = {"depth": 3, "kills": 1}
 
 
 def search(store: Path, settings: dict[str, Any], kill_after: int = 0) -> dict[str, Any]:
@@ -73,10 +74,9 @@ def session_stats(loom: Any) -> Any:
     return stats(loom.database)
 
 
-def recompute(store: Path, settings: dict[str, Any]) -> float:
+def recomputed(store: Path, settings: dict[str, Any]) -> float:
     """Seconds a node takes whose prefix is computed anew, the mean of a sample."""
     import torch
-    from transformers import DynamicCache
 
     import kvloom
     from kvloom.explore.rounds import start_at
@@ -91,24 +91,15 @@ def recompute(store: Path, settings: dict[str, Any]) -> float:
         for each in random.Random(0).sample(made, min(SAMPLE, len(made))):
             ids = list(start_at(loom, each.turn).ids)
             before = len(ids) - each.tokens
-            prefills = []
-            for step in (before, 1024):
-                cache = DynamicCache(config=engine.model.config)
-
-                def prefill(step: int = step, cache: Any = cache, before: int = before, ids: Any = ids) -> None:
-                    with torch.inference_mode():
-                        for start in range(0, before, step):
-                            part = torch.tensor([ids[start : min(before, start + step)]])
-                            engine.model(part, past_key_values=cache, logits_to_keep=1)
-
-                prefills.append(timed(prefill)[0])
+            prefills = [timed(recompute, engine.model, ids[:before], step) for step in (before, 1024)]
+            cache = prefills[0][1]
 
             def decode(cache: Any = cache, before: int = before, ids: Any = ids) -> None:
                 with torch.inference_mode():
                     for token in ids[before:]:
                         engine.model(torch.tensor([[token]]), past_key_values=cache, logits_to_keep=1)
 
-            seconds.append(min(prefills) + timed(decode)[0])
+            seconds.append(min(each for each, _ in prefills) + timed(decode)[0])
         return sum(seconds) / len(seconds)
 
 
@@ -154,7 +145,7 @@ if __name__ == "__main__":
     parser.add_argument("--depth", type=int, default=SETTINGS["depth"])
     given = parser.parse_args()
     if given.recompute:
-        print(json.dumps(recompute(given.store, given.settings)))
+        print(json.dumps(recomputed(given.store, given.settings)))
     elif given.store:
         print(json.dumps(search(given.store, given.settings, given.kill_after)))
     else:

@@ -1,110 +1,264 @@
-"""Time to the first token at a stored prefix, in a new process: against the limit, and against recomputing.
+"""Time to the first token, its state restored, against the same token on state in memory, and against recomputing.
 
-The limit is the same forward pass on state that is in memory already; what it is compared with is transformers'
-own fastest prefill of the same ids (one single pass, or passes of 1,024).
+A round of a length is a new process. The model is loaded and has run once; then the state is brought back from the
+file and one token is run on it. The same token again, on the state that is in memory now, is the limit. What it is
+compared with is transformers' own fastest prefill of the same tokens, in one pass or in passes of 1,024. Cold: the
+store was closed and its file dropped from the page cache before. Opening the store, and what tells one model from
+another, are not counted: they do not grow with the length.
 """
 
 from __future__ import annotations
 
+import gc
 import json
-import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import machine, spread, timed, words
+from benchmarks.common import machine, recompute, spread, timed, words
+from benchmarks.plot import LinePlot, points
+from benchmarks.processes import drop_cached, in_new_process, read_through
+from benchmarks.report import Bar, Section, Table, ranged, time
+from benchmarks.stored import SESSION, bring_back, path_of, tell
 
-PREFIX = 4096
-QUESTION = "Question {}: who speaks first, and to whom?"
+LENGTHS = (256, 512, 1024, 2048, 4096, 8000)
+SHORT = (8, 16, 32, 64)
+"""Lengths about where restoring begins to pay: one process measures them all, their state is small."""
+
+PASSES = (1 << 20, 1024)
+"""Tokens in a pass of a prefill: all of them, or as many."""
+
+AGAIN = 5
+FEW = 4096
+"""Recomputing more tokens than these is measured once in each way."""
+
+QUICK = {"lengths": (256, 1024), "short": (32,), "rounds": 1, "dtypes": ("float32",)}
 
 
-def prepare(store: Path, dtype: str, tokens: int) -> None:
-    """Make a session whose state is held up to about ``tokens`` tokens."""
+def prepare(store: str, model: str, dtype: str, tokens: int) -> None:
+    """A branch of one turn, whose state is held for a few more tokens than that."""
     import kvloom
 
-    with kvloom.open(store, model="smollm2", dtype=dtype, codec="raw") as loom:
-        text = words(loom.engine.tokenizer, tokens - 50)
-        loom.session("novel").branch().say(text, max_tokens=24)
+    with kvloom.open(store, model=model, dtype=dtype, codec="raw") as loom:
+        tell(loom, "told", [words(loom.engine.tokenizer, tokens)])
 
 
-def measure(store: Path, dtype: str, rounds: int) -> dict[str, Any]:
-    """In a process of its own: one say at the stored prefix, then the limit and the recomputation."""
-    import torch
-    from transformers import DynamicCache
-
+def measure(
+    stores: Mapping[str, str], model: str, dtype: str, passes: Sequence[int], rounds: int
+) -> dict[str, dict[str, Any]]:
+    """In a process of its own, for each length of ``stores``: warm, in memory, cold, and recomputed in ``passes``."""
     import kvloom
 
-    with kvloom.open(store, model="smollm2", dtype=dtype, codec="raw") as loom:
-        branch = loom.session("novel").branch()
-        tries = len(branch.session.branches())  # the same question again would be found in the store
-        # As ``kvloom say`` does: the model is loaded when it is needed, and the time counts from then on.
-        reply = branch.fork(f"try-{tries}").say(QUESTION.format(tries), max_tokens=1)
-        engine = loom.engine
-        live = loom.resumer.live
-        assert live is not None
-        with loom.database.read() as conn:
-            from kvloom_store import trie, turns
+    engine = kvloom.load_engine(model, dtype=dtype)
+    engine.run_pass(engine.new_state(1), [0])  # the first pass of a process reads the weights
+    found = {}
+    for tokens, store in stores.items():
+        length = int(tokens)
+        read_through(store)
+        warm = [_restored(engine, store, length) for _ in range(rounds)]
+        drop_cached(store)
+        cold = _restored(engine, store, length)
+        ids = warm[0].pop("ids")
+        times = {str(step): timed(recompute, engine.model, ids, step)[0] for step in passes}
+        found[tokens] = {"warm": [_times(each) for each in warm], "cold": _times(cold), "recompute": times}
+    return found
 
-            last = max(turns.of_session(conn, branch.session.row.row), key=lambda turn: turn.row)
-            state = turns.states_of(conn, [last.row])[0]
-            ids = trie.tokens_to(conn, state.position.node, state.position.offset)
-        held, end = reply.tokens.reused, reply.tokens.reused + reply.tokens.computed
-        limit = []
-        for _ in range(rounds):
-            live.show(held)
-            limit.append(timed(lambda: engine.prefill(live, ids[held:end]))[0])
-        recompute = []
-        for step in (end, 1024):
-            cache = DynamicCache(config=engine.model.config)
 
-            def prefill(step: int = step, cache: DynamicCache = cache) -> None:
-                with torch.inference_mode():
-                    for start in range(0, end, step):
-                        part = torch.tensor([ids[start : min(end, start + step)]])
-                        positions = torch.arange(start, start + part.shape[1])[None]
-                        engine.model(part, past_key_values=cache, position_ids=positions, logits_to_keep=1)
+def _restored(engine: Any, store: str, length: int) -> dict[str, Any]:
+    """From the file to the next token, in seconds, and the same token on state that is in memory."""
+    import kvloom
 
-            recompute.append(timed(prefill)[0])
-        live.show(held)
+    with kvloom.open(store, model=engine, codec="raw") as loom:
+        path = path_of(loom, SESSION, "told")
+        _ = loom.resumer
+        gc.collect()
+        restore, (live, account) = timed(bring_back, loom, path, length)
+        token = path.ids[length : length + 1]
+        first, chosen = timed(_choose, engine, live, token)
+        again = []
+        for _ in range(AGAIN):
+            live.show(length)
+            seconds, same = timed(_choose, engine, live, token)
+            assert same == chosen, "the same token on the same state chose another one"
+            again.append(seconds)
         return {
-            "reused": reply.tokens.reused,
-            "computed": reply.tokens.computed,
-            "first_token": reply.seconds.first_token,
-            "restore": reply.seconds.restore,
-            "limit": min(limit),
-            "recompute": min(recompute),
+            "restore": restore,
+            "first_token": restore + first,
+            "in_memory": spread(again)["median"],
+            "bytes": account.bytes_read,
+            "ids": path.ids[: length + 1],
         }
 
 
-def run(rounds: int = 3) -> dict[str, Any]:
-    """Both dtypes, several new processes each."""
-    results: dict[str, Any] = {"machine": machine()}
-    for dtype in ("float32", "bfloat16"):
-        with tempfile.TemporaryDirectory() as folder:
-            store = Path(folder) / "kvloom.db"
-            _child("prepare", store, dtype, rounds)
-            rows = [json.loads(_child("measure", store, dtype, rounds)) for _ in range(rounds)]
-        results[dtype] = {
-            "reused": rows[0]["reused"],
-            "computed": rows[0]["computed"],
-            **{name: spread([row[name] for row in rows]) for name in ("first_token", "restore", "limit", "recompute")},
-            "of_limit": spread([row["limit"] / row["first_token"] for row in rows]),
-            "times_sooner": spread([row["recompute"] / row["first_token"] for row in rows]),
-        }
-    return results
+def _choose(engine: Any, live: Any, tokens: Sequence[int]) -> int:
+    return int(engine.run_pass(live, tokens).argmax())
 
 
-def _child(what: str, store: Path, dtype: str, rounds: int) -> str:
-    command = [sys.executable, "-m", "benchmarks.first_token", what, str(store), dtype, str(rounds)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return done.stdout.splitlines()[-1] if done.stdout else ""
+def _times(restored: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in restored.items() if name != "ids"}
+
+
+def run(
+    model: str = "smollm2",
+    lengths: Sequence[int] = LENGTHS,
+    short: Sequence[int] = SHORT,
+    rounds: int = 3,
+    dtypes: Sequence[str] = ("float32", "bfloat16"),
+) -> dict[str, Any]:
+    """Each length of each dtype in new processes, round by round."""
+    with tempfile.TemporaryDirectory() as folder:
+        stores = {dtype: _prepared(Path(folder), model, dtype, (*short, *lengths)) for dtype in dtypes}
+        rows: dict[str, dict[str, list[Any]]] = {dtype: {} for dtype in dtypes}
+        for number in range(rounds):
+            for dtype in dtypes:
+                for some in ([*short], *([length] for length in lengths)):
+                    made = _round(stores[dtype], model, dtype, some, rows[dtype], number, rounds)
+                    for tokens, row in made.items():
+                        rows[dtype].setdefault(tokens, []).append(row)
+    return {dtype: {tokens: _summary(found) for tokens, found in rows[dtype].items()} for dtype in dtypes}
+
+
+def _prepared(folder: Path, model: str, dtype: str, lengths: Sequence[int]) -> dict[str, str]:
+    stores = {}
+    for tokens in lengths:
+        stores[str(tokens)] = str(folder / f"{dtype}-{tokens}.db")
+        in_new_process(prepare, store=stores[str(tokens)], model=model, dtype=dtype, tokens=tokens)
+    return stores
+
+
+def _round(
+    stores: Mapping[str, str],
+    model: str,
+    dtype: str,
+    lengths: Sequence[int],
+    before: Mapping[str, Sequence[Any]],
+    number: int,
+    rounds: int,
+) -> Any:
+    """One process over some lengths. After the first round only the way to recompute that was faster is measured."""
+    passes: Sequence[int] = PASSES[:1] if max(lengths) <= PASSES[1] else PASSES
+    if number and len(passes) > 1:
+        times = before[str(lengths[0])][0]["recompute"]
+        passes = () if lengths[0] > FEW else (int(min(times, key=lambda step: times[step])),)
+    return in_new_process(
+        measure,
+        stores={str(tokens): stores[str(tokens)] for tokens in lengths},
+        model=model,
+        dtype=dtype,
+        passes=passes,
+        rounds=1 if max(lengths) > max(SHORT) else rounds,
+    )
+
+
+def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A length over its rounds. Ratios are taken within a process, but for that to recomputing."""
+    warm = [each for row in rows for each in row["warm"]]
+    best = min((row["recompute"] for row in rows if row["recompute"]), key=lambda times: min(times.values()))
+    way = min(best, key=lambda step: best[step])
+    recomputed = spread([row["recompute"][way] for row in rows if way in row["recompute"]])
+    return {
+        "bytes": warm[0]["bytes"],
+        "restore": spread([each["restore"] for each in warm]),
+        "first_token": spread([each["first_token"] for each in warm]),
+        "in_memory": spread([each["in_memory"] for each in warm]),
+        "cold": spread([row["cold"]["first_token"] for row in rows]),
+        "recompute": recomputed,
+        "recompute_passes_of": int(way),
+        "of_in_memory": spread([each["first_token"] / each["in_memory"] for each in warm]),
+        "restore_of_recompute": spread([each["restore"] / recomputed["median"] for each in warm]),
+        "times_sooner": spread([recomputed["median"] / each["first_token"] for each in warm]),
+        "times_sooner_cold": spread([recomputed["median"] / row["cold"]["first_token"] for row in rows]),
+    }
+
+
+def break_even(lengths: Mapping[str, Mapping[str, Any]], what: str) -> int | None:
+    """The least measured length from which on restoring was never slower than recomputing; None: there is none."""
+    least = None
+    for tokens in sorted(map(int, lengths), reverse=True):
+        each = lengths[str(tokens)]
+        if each[what]["median"] > each["recompute"]["median"]:
+            break
+        least = tokens
+    return least
+
+
+def section(found: Mapping[str, Any]) -> Section:
+    """Tables and plots by dtype; the bars of issue 5, shows 1 and 3."""
+    tables, plots, bars = [], [], []
+    for dtype, each in found.items():
+        lengths = {tokens: each[tokens] for tokens in sorted(each, key=int)}
+        warm, cold = break_even(lengths, "first_token"), break_even(lengths, "cold")
+        caption = (
+            f"**{dtype}.** Restoring was not slower than recomputing from {_tokens(warm)} on, cold from "
+            f"{_tokens(cold)} on (the shortest measured: {min(map(int, lengths))})."
+        )
+        tables.append(_table(lengths, caption))
+        plots.append(_plot(dtype, lengths))
+        bars += _bars(dtype, lengths)
+    text = (
+        "Time to the next token at a stored prefix, in a new process for every round; the model is loaded and has "
+        "run once, memory for the state is fresh. *Restored* is from the file to the next token; *in memory* is the "
+        "same pass on state that is there: the limit. *Recomputed* is transformers' own prefill of the same tokens "
+        "in one pass or in passes of 1,024, whichever was faster. Cold: the file was dropped from the page cache "
+        "before."
+    )
+    return Section("Time to the first token", text, tables, plots, bars)
+
+
+def _tokens(length: int | None) -> str:
+    return "no length" if length is None else f"{length:,} tokens"
+
+
+def _table(lengths: Mapping[str, Mapping[str, Any]], caption: str) -> Table:
+    columns = [
+        "tokens", "restore alone", "restored", "in memory", "over in memory", "restored, cold", "recomputed",
+        "times sooner", "restore of recomputed",
+    ]  # fmt: skip
+    rows = [
+        [
+            f"{int(tokens):,}",
+            ranged(each["restore"], time),
+            ranged(each["first_token"], time),
+            ranged(each["in_memory"], time),
+            ranged(each["of_in_memory"]),
+            ranged(each["cold"], time),
+            ranged(each["recompute"], time),
+            ranged(each["times_sooner"]),
+            f"{each['restore_of_recompute']['median']:.2%}",
+        ]
+        for tokens, each in lengths.items()
+    ]
+    return Table(columns, rows, caption)
+
+
+def _plot(dtype: str, lengths: Mapping[str, Mapping[str, Any]]) -> LinePlot:
+    names = {"recompute": "recomputed", "cold": "restored, cold", "first_token": "restored", "in_memory": "in memory"}
+    series = {said: points({int(n): each[name] for n, each in lengths.items()}) for name, said in names.items()}
+    title = f"Time to the first token, {dtype}"
+    return LinePlot(f"first-token-{dtype}", title, "tokens of the prefix", "seconds", series, log_y=True)
+
+
+def _bars(dtype: str, lengths: Mapping[str, Mapping[str, Any]]) -> list[Bar]:
+    bars = []
+    at_4096, at_8000 = lengths.get("4096"), lengths.get("8000")
+    if at_4096 is not None:
+        bar, wish = {"float32": (1.8, 1.5), "bfloat16": (1.35, 1.25)}[dtype]
+        over = at_4096["of_in_memory"]["median"]
+        bars.append(Bar(f"4,096 tokens, {dtype}: restored over in memory", over, bar, wish=wish, unit=" times"))
+        alone = 100 * at_4096["restore_of_recompute"]["median"]
+        bars.append(Bar(f"4,096 tokens, {dtype}: restore alone, of recomputing", alone, 1, unit=" %"))
+    if at_8000 is not None and dtype == "float32":
+        sooner = at_8000["times_sooner"]["median"]
+        bars.append(Bar("8,000 tokens, float32: times sooner than recomputing", sooner, 100, at_least=True))
+    for name, said in (("times_sooner", "warm"), ("times_sooner_cold", "cold")):
+        worst = min((each[name]["median"] for tokens, each in lengths.items() if int(tokens) >= 32), default=None)
+        figure = f"from 32 tokens on, {dtype}, {said}: times sooner than recomputing, at worst"
+        bars.append(Bar(figure, worst, 1, at_least=True))
+    return bars
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        print(json.dumps(run(), indent=2))
-    elif sys.argv[1] == "prepare":
-        prepare(Path(sys.argv[2]), sys.argv[3], PREFIX)
-    else:
-        print(json.dumps(measure(Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))))
+    arguments = QUICK if "quick" in sys.argv[1:] else {}
+    print(json.dumps({"machine": machine(), **run(**arguments)}, indent=2))  # type: ignore[arg-type]

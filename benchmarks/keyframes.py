@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import machine, spread, timed
-from benchmarks.small import Path, brought_back, engine_of, one_thread, path_of, random_engine, sentences
+from benchmarks.small import engine_of, one_thread, random_engine, sentences
+from benchmarks.stored import Path, bring_back, path_of
 
 if TYPE_CHECKING:
     from kvloom import KVLoom, TransformersEngine
@@ -32,6 +33,7 @@ PATH = 4096
 TIMED = 1024
 SPACINGS = (256, 1024)
 RESTORES = (0.5, 1, 2)
+QUICK = {"exchanges": 4, "points": 20}
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +159,7 @@ def run(exchanges: int = EXCHANGES, points: int = POINTS) -> dict[str, Any]:
                 state = held(loom)
                 draw = random.Random(1)
                 drawn = [draw.randint(1, state.length) for _ in range(points)]
-                accounts = [(at, brought_back(loom, state.path, at)) for at in drawn]
+                accounts = [(at, bring_back(loom, state.path, at)[1]) for at in drawn]
         assert all(account.replayed == state.replayed[at] for at, account in accounts), "as planned"
         results[kind] = {
             "tokens": state.length,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 PROMPTS = 64
 SHARED = 1500
 OWN = 700
+QUICK = {"prompts": 6}
 
 
 def say(path: Path, engine: Any, prompts: int, shared: int, own: int) -> list[Tokens]:

@@ -9,17 +9,17 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import machine, spread, words
+from benchmarks.processes import in_new_process
 
 PATHS, PREFIX, STEPS = 8, 2048, 64
 DECIDED = 1e-3
 """Logits that lie nearer to each other than this are told apart by rounding."""
+QUICK = {"rounds": 1, "steps": 16, "dtypes": ("float32",)}
 
 
 def ours(dtype: str, paths: int, prefix: int, steps: int) -> dict[str, Any]:
@@ -125,7 +125,8 @@ def run(rounds: int = 3, *, steps: int = STEPS, dtypes: tuple[str, ...] = ("floa
     """Both sides by turns, each in new processes."""
     results: dict[str, Any] = {"machine": machine(), "paths": PATHS, "prefix": PREFIX, "steps": steps}
     for dtype in dtypes:
-        rows = [{side: _child(side, dtype, steps) for side in ("ours", "theirs")} for _ in range(rounds)]
+        settings = {"dtype": dtype, "paths": PATHS, "prefix": PREFIX, "steps": steps}
+        rows = [{side.__name__: in_new_process(side, **settings) for side in (ours, theirs)} for _ in range(rounds)]
         results[dtype] = {
             "ours": spread([row["ours"]["tokens_per_second"] for row in rows]),
             "generate": spread([row["theirs"]["tokens_per_second"] for row in rows]),
@@ -137,20 +138,7 @@ def run(rounds: int = 3, *, steps: int = STEPS, dtypes: tuple[str, ...] = ("floa
     return results
 
 
-def _child(side: str, dtype: str, steps: int) -> Any:
-    command = [sys.executable, "-m", "benchmarks.siblings", "--side", side, "--dtype", dtype, "--steps", str(steps)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--side", choices=["ours", "theirs"])
-    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--steps", type=int, default=STEPS)
-    given = parser.parse_args()
-    if given.side:
-        measured = {"ours": ours, "theirs": theirs}[given.side](given.dtype, PATHS, PREFIX, given.steps)
-        print(json.dumps(measured))
-    else:
-        print(json.dumps(run(steps=given.steps), indent=2))
+    print(json.dumps(run(steps=parser.parse_args().steps), indent=2))

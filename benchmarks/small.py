@@ -7,15 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from kvloom import KVLoom, TransformersEngine
-    from kvloom.resume import Account
-    from kvloom_store.turns import TurnState
+    from kvloom import TransformersEngine
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}</{{ message.role }}>{% endfor %}"
@@ -107,34 +104,6 @@ def engine_of(
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     options = {} if spacing is None else {"keyframe_spacing": spacing}
     return kvloom.TransformersEngine(model.eval(), byte_tokenizer(), name=name, **options)
-
-
-@dataclass(frozen=True, slots=True)
-class Path:
-    """A branch's tokens whose state is held (the last one sampled is pending), and the state of its last turn."""
-
-    ids: list[int]
-    tip: TurnState
-
-
-def path_of(loom: KVLoom, session: str, branch: str = "main") -> Path:
-    """A branch as the store has it."""
-    from kvloom_store import names, refs, trie, turns
-
-    with loom.database.read() as conn:
-        turn = refs.resolve(conn, names.parse_ref(f"{session}@{branch}")).turn
-        assert turn is not None
-        state = turns.states_of(conn, [turn])[0]
-        return Path(trie.tokens_to(conn, state.position.node, state.position.offset)[: state.state_end], state)
-
-
-def brought_back(loom: KVLoom, path: Path, at: int) -> Account:
-    """What it costs to bring the state at a token of a path back from the store, with nothing of it in memory."""
-    loom.resumer.forget()
-    with loom.engine.lock:
-        live, account = loom.resumer.resume(path.ids[:at], path.tip, room=1, logits=False)
-    assert live.length == at, f"only {live.length} of {at} tokens are held"
-    return account
 
 
 @contextmanager

@@ -12,7 +12,8 @@ import tempfile
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import machine, spread
-from benchmarks.small import WINDOWS, Path, brought_back, one_thread, path_of, random_engine, sentences
+from benchmarks.small import WINDOWS, one_thread, random_engine, sentences
+from benchmarks.stored import Path, bring_back, path_of
 
 if TYPE_CHECKING:
     from kvloom import KVLoom
@@ -21,6 +22,7 @@ LENGTHS = (2000, 4000, 8000)
 RANDOM_POINTS = 24
 BEYOND = 600
 """Tokens that the conversations go on behind the last length: a point at that length is more than a window back."""
+QUICK = {"lengths": (2000,)}
 
 
 def shares() -> tuple[int, int, int]:
@@ -81,14 +83,14 @@ def run(lengths: tuple[int, ...] = LENGTHS) -> dict[str, Any]:
 
 def _ratios(loom: KVLoom, path: Path, tokens: int, row: int) -> dict[str, Any]:
     end = len(path.ids)
-    at = {point: point * row / brought_back(loom, path, point).bytes_read for point in points(tokens, end)}
+    at = {point: point * row / bring_back(loom, path, point)[1].bytes_read for point in points(tokens, end)}
     worst = min(at, key=lambda point: at[point])
     return {
         "points": len(at),
         "times_fewer": spread(list(at.values())),
         "of_limit": spread([ratio / limit(point) for point, ratio in at.items()]),
         "worst_at": worst,
-        "end": {"tokens": end, "times_fewer": end * row / brought_back(loom, path, end).bytes_read},
+        "end": {"tokens": end, "times_fewer": end * row / bring_back(loom, path, end)[1].bytes_read},
     }
 
 

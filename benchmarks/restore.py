@@ -1,0 +1,394 @@
+"""How fast state comes from its file into fresh memory, checked; against the machine's limits and other formats.
+
+Every side of a round is a process of its own, and all have the same task: the rows of every layer, from a file into a
+new buffer such as kvloom's cache layers use. ``first`` is the first time in a process, ``again`` the same into buffers
+that are as fresh, in memory the machine has in hand. Each peer in its best form: the tensors contiguous in one file,
+mapped, one copy into the same buffers. Neither checks what it reads; kvloom checks every byte.
+
+Cold: the file was dropped from the page cache before. ``from_disk`` says how much of it then really came from there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import llama_state
+from benchmarks.common import ids, machine, spread, timed, words
+from benchmarks.plot import BarPlot
+from benchmarks.processes import counted, drop_cached, in_new_process, read_through
+from benchmarks.report import Bar, Section, Table, number, ranged, rate, time
+from benchmarks.stored import SESSION, tell
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
+
+    from kvloom_proto.records import LayerSpec
+    from kvloom_store.planner import Link
+    from kvloom_store.rows import RowBuffer
+
+TOKENS, REPLIES = 4096, 200
+AGAIN = 3
+ROOM = 1024
+"""Tokens that a buffer is larger than the state, as where it is read for the next turn."""
+
+FRAMING = 4
+"""Tokens, at least, that a chat template puts around a message (SmolLM2's: 5)."""
+
+BLOCK = 4 << 20
+"""Bytes that the limits read and hash at a time, as much as a chunk has."""
+
+QUICK = {"tokens": 1024, "replies": 20, "rounds": 1, "dtypes": ("bfloat16",)}
+
+WHOLE, MANY = "whole", "replies"
+"""Branches of the store: one turn; as many tokens in so many exchanges."""
+
+
+def prepare(folder: str, model: str, dtype: str, tokens: int, replies: int) -> int:
+    """The store, and the same state in the peers' files; bytes of that state."""
+    import kvloom
+
+    with kvloom.open(Path(folder) / "kvloom.db", model=model, dtype=dtype, codec="raw") as loom:
+        tell(loom, WHOLE, [words(loom.engine.tokenizer, tokens)])
+        tell(loom, MANY, exchanges(loom.engine.tokenizer, replies, tokens))
+    with kvloom.open(Path(folder) / "kvloom.db") as loom, loom.database.read() as conn:
+        buffer = _kvloom(conn, WHOLE, tokens)
+        assert _links(conn, MANY)[-1].end >= tokens, "the exchanges are too short"
+    _save_peers(Path(folder), buffer, tokens)
+    return tokens * row_bytes(buffer.layers)
+
+
+def exchanges(tokenizer: Any, replies: int, tokens: int) -> list[str]:
+    """Short messages, two an exchange: with their framing they come to a little more than ``tokens`` tokens."""
+    width = max(1.0, tokens / (2 * replies) - FRAMING)
+    text = ids(tokenizer, round(2 * replies * width) + 1)
+    return [tokenizer.decode(text[int(n * width) : int((n + 1) * width)]) or "." for n in range(2 * replies)]
+
+
+def row_bytes(layers: Sequence[LayerSpec]) -> int:
+    """Bytes of the state of one token."""
+    return sum(spec.row_bytes * spec.count for spec in layers)
+
+
+def _save_peers(folder: Path, buffer: RowBuffer, tokens: int) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = {
+        f"{layer}.{place}": _tensor(rows[:, :tokens], spec.dtype).contiguous()
+        for layer, (held, specs) in enumerate(zip(buffer.tensors, _tensors(buffer), strict=True))
+        for place, (rows, spec) in enumerate(zip(held, specs, strict=True))
+    }
+    save_file(tensors, folder / "state.safetensors")
+    torch.save(tensors, folder / "state.pt")
+
+
+def _tensors(buffer: RowBuffer) -> list[Any]:
+    from kvloom_proto.records import expand
+
+    return [spec.tensors for spec in expand(buffer.layers)]
+
+
+def _tensor(rows: Any, dtype: str) -> Any:
+    """A torch tensor over the same memory (``kvloom.live.from_bits`` would import transformers into every process)."""
+    import torch
+
+    return torch.from_numpy(rows.view(f"i{rows.itemsize}")).view(getattr(torch, dtype))
+
+
+# The sides: each is a function that brings the state into a new buffer, ready to be timed.
+
+
+def _kvloom(conn: sa.Connection, branch: str, tokens: int) -> RowBuffer:
+    from kvloom_store import planner, restore
+    from kvloom_store.rows import RowBuffer
+
+    links = _links(conn, branch)
+    layers = links[-1].manifest.layers
+    plan = planner.plan(links, tokens, layers)
+    buffer = RowBuffer(layers, tokens + ROOM)
+    restore.load(conn, links, plan.rows, plan.windows, buffer)
+    return buffer
+
+
+def _links(conn: sa.Connection, branch: str) -> list[Link]:
+    """The segments that the state of a branch consists of."""
+    from kvloom_store import refs, restore, turns
+    from kvloom_store.names import Ref
+
+    turn = refs.resolve(conn, Ref(SESSION, branch, 0)).turn
+    assert turn is not None
+    segment = turns.states_of(conn, [turn])[0].segment
+    assert segment is not None
+    return restore.chain(conn, segment)
+
+
+def _safetensors(folder: Path, layers: Any, tokens: int) -> RowBuffer:
+    from safetensors.torch import load_file
+
+    return _copied(load_file(folder / "state.safetensors"), layers, tokens)
+
+
+def _torch_save(folder: Path, layers: Any, tokens: int) -> RowBuffer:
+    import torch
+
+    return _copied(torch.load(folder / "state.pt", mmap=True, weights_only=True), layers, tokens)
+
+
+def _copied(tensors: Mapping[str, Any], layers: Any, tokens: int) -> RowBuffer:
+    from kvloom_store.rows import RowBuffer
+
+    buffer = RowBuffer(layers, tokens + ROOM)
+    for layer, (held, specs) in enumerate(zip(buffer.tensors, _tensors(buffer), strict=True)):
+        for place, (rows, spec) in enumerate(zip(held, specs, strict=True)):
+            _tensor(rows, spec.dtype)[:, :tokens].copy_(tensors[f"{layer}.{place}"])
+    return buffer
+
+
+def measure(folder: str, side: str, tokens: int, again: int) -> dict[str, Any]:
+    """In a process of its own: seconds of the first time, and of those after it."""
+    import kvloom
+
+    if side == "torch.save" or side == "safetensors":
+        import torch  # not to be timed
+
+        _ = torch.get_num_threads()
+    store = Path(folder) / "kvloom.db"
+    if side in (WHOLE, MANY):
+        with kvloom.open(store) as loom, loom.database.read() as conn:
+            return _times(again, _kvloom, conn, side, tokens)
+    layers = _layers(store)
+    peer = {"safetensors": _safetensors, "torch.save": _torch_save}[side]
+    return _times(again, peer, Path(folder), layers, tokens)
+
+
+def _layers(store: Path) -> Any:
+    import kvloom
+
+    with kvloom.open(store) as loom, loom.database.read() as conn:
+        return _links(conn, WHOLE)[-1].manifest.layers
+
+
+def _times(again: int, action: Callable[..., Any], *given: Any) -> dict[str, Any]:
+    """Seconds of the action; what it made is let go of before it is done again."""
+    before = counted("read_bytes")
+    first = timed(action, *given)[0]
+    from_disk = counted("read_bytes") - before
+    return {"first": first, "again": [timed(action, *given)[0] for _ in range(again)], "from_disk": from_disk}
+
+
+def limits(folder: str, tokens: int, again: int) -> dict[str, Any]:
+    """In a process of its own, one thread: bytes a second of each stage that a restore consists of."""
+    import numpy as np
+
+    from kvloom_store.checksum import digest
+    from kvloom_store.rows import RowBuffer
+
+    layers = _layers(Path(folder) / "kvloom.db")
+    size = tokens * row_bytes(layers)
+    there, other = np.ones(size, np.uint8), np.ones(size, np.uint8)
+    blocks = [memoryview(there)[at : at + BLOCK] for at in range(0, size, BLOCK)]
+
+    def into_fresh() -> None:
+        buffer = RowBuffer(layers, tokens + ROOM)
+        at = 0
+        for held in buffer.tensors:
+            for rows in held:
+                part = rows[:, :tokens]
+                part[...] = there[at : at + part.nbytes].view(part.dtype).reshape(part.shape)
+                at += part.nbytes
+
+    def read_file() -> None:
+        with open(Path(folder) / "state.safetensors", "rb", buffering=0) as file:
+            for block in blocks:
+                file.readinto(block)
+
+    def hash_all() -> None:
+        for block in blocks:
+            digest(block)  # type: ignore[arg-type]
+
+    stages = {
+        "memory copy": lambda: np.copyto(other, there),
+        "copy into fresh memory": into_fresh,
+        "page cache read": read_file,
+        "hash": hash_all,
+    }
+    return {name: size / min(timed(stage)[0] for _ in range(again)) for name, stage in stages.items()}
+
+
+def disk(folder: str) -> dict[str, Any]:
+    """In a process of its own: a file of the same bytes from the first to the last, as fast as the disk gives them."""
+    path = Path(folder) / "state.safetensors"
+    block = memoryview(bytearray(BLOCK))
+    for at in range(0, BLOCK, 4096):
+        block[at] = 1
+    before = counted("read_bytes")
+
+    def read() -> int:
+        total = 0
+        with open(path, "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            while size := file.readinto(block):
+                total += size
+        return total
+
+    seconds, total = timed(read)
+    return {"first": seconds, "rate": total / seconds, "from_disk": counted("read_bytes") - before}
+
+
+def run(
+    model: str = "smollm2",
+    tokens: int = TOKENS,
+    replies: int = REPLIES,
+    rounds: int = 5,
+    dtypes: Sequence[str] = ("float32", "bfloat16"),
+) -> dict[str, Any]:
+    """All sides, by turns, round by round, warm and cold."""
+    results: dict[str, Any] = {"tokens": tokens, "replies": replies}
+    with tempfile.TemporaryDirectory() as name:
+        for dtype in dtypes:
+            folder = Path(name) / dtype
+            folder.mkdir()
+            size = in_new_process(prepare, folder=str(folder), model=model, dtype=dtype, tokens=tokens, replies=replies)
+            peers = llama_state.prepare_in(folder, tokens) if dtype == "bfloat16" and model == "smollm2" else {}
+            rows = [_round(folder, tokens, peers) for _ in range(rounds)]
+            results[dtype] = {"bytes": size, **_summary(rows, size)}
+    return results
+
+
+def _files(folder: Path, peers: Mapping[str, Path]) -> dict[str, Path]:
+    names = {WHOLE: "kvloom.db", MANY: "kvloom.db", "safetensors": "state.safetensors", "torch.save": "state.pt"}
+    return {**{side: folder / name for side, name in names.items()}, **peers}
+
+
+def _round(folder: Path, tokens: int, peers: Mapping[str, Path]) -> dict[str, Any]:
+    files = _files(folder, peers)
+    found: dict[str, Any] = {"warm": {}, "cold": {}}
+    for heat in ("warm", "cold"):
+        for side, path in files.items():
+            read_through(path)
+            if heat == "cold":
+                drop_cached(path)
+            again = AGAIN if heat == "warm" else 0
+            if side in peers:
+                made = in_new_process(llama_state.measure, path=str(path), tokens=tokens, again=again)
+            else:
+                made = in_new_process(measure, folder=str(folder), side=side, tokens=tokens, again=again)
+            found[heat][side] = made
+    read_through(folder / "state.safetensors")
+    found["limits"] = in_new_process(limits, folder=str(folder), tokens=tokens, again=AGAIN)
+    drop_cached(folder / "state.safetensors")
+    found["disk"] = in_new_process(disk, folder=str(folder))
+    return found
+
+
+def _summary(rows: Sequence[Mapping[str, Any]], size: int) -> dict[str, Any]:
+    sides = list(rows[0]["warm"])
+    first = {side: [row["warm"][side]["first"] for row in rows] for side in sides}
+    again = {side: [spread(row["warm"][side]["again"])["median"] for row in rows] for side in sides}
+    cold = {side: [row["cold"][side]["first"] for row in rows] for side in sides}
+    slowest = [min(value for name, value in row["limits"].items() if name != "memory copy") for row in rows]
+    return {
+        "first": {side: spread(values) for side, values in first.items()},
+        "again": {side: spread(values) for side, values in again.items()},
+        "cold": {side: spread(values) for side, values in cold.items()},
+        "from_disk": {side: min(row["cold"][side]["from_disk"] for row in rows) for side in sides},
+        "limits": {name: spread([row["limits"][name] for row in rows]) for name in rows[0]["limits"]},
+        "disk": spread([row["disk"]["rate"] for row in rows]),
+        "disk_from_disk": min(row["disk"]["from_disk"] for row in rows),
+        "of_safetensors_first": spread(_over(first["safetensors"], first[WHOLE])),
+        "of_safetensors_again": spread(_over(again["safetensors"], again[WHOLE])),
+        "of_slowest_stage": spread([size / ours / limit for ours, limit in zip(again[WHOLE], slowest, strict=True)]),
+        "cold_of_disk": spread(
+            [size / ours / row["disk"]["rate"] for ours, row in zip(cold[WHOLE], rows, strict=True)]
+        ),
+        "replies_first": spread(_over(first[MANY], first[WHOLE])),
+        "replies_again": spread(_over(again[MANY], again[WHOLE])),
+    }
+
+
+def _over(above: Sequence[float], below: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def section(found: Mapping[str, Any]) -> Section:
+    """A table of sides and one of limits for each dtype; the bars of show 2, and the parts of show 3."""
+    tokens, replies = found["tokens"], found["replies"]
+    names = {WHOLE: "kvloom, one turn", MANY: f"kvloom, {replies} exchanges"}
+    tables, plots, bars = [], [], []
+    for dtype, each in ((name, value) for name, value in found.items() if isinstance(value, dict)):
+        size = each["bytes"]
+        tables.append(_sides(dtype, each, names))
+        tables.append(_limits(dtype, each))
+        plots.append(_plot(dtype, each, names))
+        for name, said in (("first", "a process's first"), ("again", "then")):
+            ratio = each[f"of_safetensors_{name}"]["median"]
+            bars.append(Bar(f"restore, {dtype}, {said}: of safetensors' bandwidth", ratio, 0.5, at_least=True))
+        bars.append(
+            Bar(f"restore, {dtype}: of its slowest stage", each["of_slowest_stage"]["median"], 0.6, at_least=True)
+        )
+        cold = each["cold_of_disk"]["median"] if each["from_disk"][WHOLE] > 0.9 * size else None
+        bars.append(Bar(f"restore, {dtype}, cold: of the disk's sequential read", cold, 0.8, at_least=True))
+        figure = f"{tokens:,} tokens of {replies} exchanges, {dtype}: over one turn's"
+        bars.append(
+            Bar(figure, max(each[f"replies_{name}"]["median"] for name in ("first", "again")), 1.5, unit=" times")
+        )
+    text = (
+        f"The state of {tokens:,} tokens, raw, from its file into a new buffer, every chunk checked; each side in "
+        "processes of its own. *First*: the first time in its process; *then*: into other buffers, as fresh, in "
+        "memory the machine has in hand. safetensors and torch.save: mapped, one copy into the same buffers, "
+        "nothing checked. Cold: the file dropped from the page cache. llama.cpp reads its own f16 state into a "
+        "context whose memory has been touched, where it is installed (`make bench-peers`)."
+    )
+    return Section("Restoring", text, tables, plots, bars)
+
+
+def _sides(dtype: str, each: Mapping[str, Any], names: Mapping[str, str]) -> Table:
+    size = each["bytes"]
+    rows = []
+    for side in each["first"]:
+        cold_is_cold = each["from_disk"][side] > 0.9 * size
+        rows.append(
+            [
+                names.get(side, side),
+                ranged(each["first"][side], time),
+                ranged(each["again"][side], time),
+                rate(size / each["again"][side]["median"]),
+                ranged(each["cold"][side], time) if cold_is_cold else "not read from a disk",
+                rate(size / each["cold"][side]["median"]) if cold_is_cold else "",
+            ]
+        )
+    return Table(["", "first", "then", "", "cold", ""], rows, f"**{dtype}**, {size / 1e6:.0f} MB")
+
+
+def _limits(dtype: str, each: Mapping[str, Any]) -> Table:
+    rows = [[name, ranged(found, rate)] for name, found in each["limits"].items()]
+    rows.append(["disk, sequential", ranged(each["disk"], rate)])
+    stages = [found["median"] for name, found in each["limits"].items() if name != "memory copy"]
+    rows.append(
+        ["read, hash and copy into fresh memory, one after another", rate(1 / sum(1 / stage for stage in stages))]
+    )
+    rows.append(["kvloom, of the slowest of these", number(each["of_slowest_stage"]["median"])])
+    return Table(["limits, one thread", dtype], rows)
+
+
+def _plot(dtype: str, each: Mapping[str, Any], names: Mapping[str, str]) -> BarPlot:
+    size = each["bytes"]
+    groups: dict[str, list[float | None]] = {
+        names.get(side, side): [size / each[heat][side]["median"] / 1e9 for heat in ("first", "again", "cold")]
+        for side in each["first"]
+    }
+    for name, found in each["limits"].items():
+        groups[f"limit: {name}"] = [None, found["median"] / 1e9, None]
+    groups["limit: disk, sequential"] = [None, None, each["disk"]["median"] / 1e9]
+    return BarPlot(
+        f"restore-{dtype}", f"Restoring {size / 1e6:.0f} MB, {dtype}", "GB/s", ["first", "then", "cold"], groups
+    )
+
+
+if __name__ == "__main__":
+    print(json.dumps({"machine": machine(), **run()}, indent=2))
