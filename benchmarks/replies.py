@@ -1,7 +1,7 @@
 """Restoring a conversation of many short turns, against the same tokens computed by one prefill.
 
-Every turn's state is a segment of its own. Turns and prompt are given, so that both stores hold the same tokens. Both were
-closed before they are restored from, in turn, in one process with the model loaded, into fresh memory.
+Every turn's state is a segment of its own. Turns and prompt are given, so that both stores hold the same tokens; they
+were closed before they are restored from, in turn, in one process with the model loaded, into fresh memory.
 """
 
 from __future__ import annotations
