@@ -330,16 +330,12 @@ class Resumer:
                 (link.manifest.keyframes for link in links if plan.rows and link.id == plan.rows[-1].segment), []
             )
             live.stored = {upto} & set(last)
-            with_state = {s.segment: s.row for s in turns.states_with_segments(conn, [r.segment for r in plan.rows])}
+            owner = turns.owner_of(conn, plan.rows[-1].segment, upto) if plan.rows else None
             ids = trie.tokens_before(conn, links[-1].node, links[-1].end) if plan.replay else []
             threads = {step.provenance: segments.provenance_of(conn, step.provenance).threads for step in plan.replay}
-        # The very handles in memory are kept: later segments may be waiting on them.
-        same = {link.handle.segment: link.handle for link in live.chain}
-        for handle in same.values():
-            handle.state = handle.state if handle.state is not None else with_state.get(handle.segment or 0)
-        live.chain = [
-            Link(same.get(r.segment) or Handle(r.segment, with_state.get(r.segment)), r.start, r.end) for r in plan.rows
-        ]
+        live.chain = [Link(Handle(read.segment), read.start, read.end) for read in plan.rows]
+        if owner is not None:
+            live.chain[-1].handle.state = owner.row
         if plan.replay:
             steps = [(step.start, step.end, threads[step.provenance]) for step in plan.replay]
             self.engine.bring_forward(live, ids, steps, cancel=cancel, progress=progress)

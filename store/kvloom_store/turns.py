@@ -282,16 +282,20 @@ def held(conn: sa.Connection, session: int) -> set[str]:
     return {public.hex() for public in conn.execute(query).scalars()}
 
 
-def states_with_segments(conn: sa.Connection, segments: Sequence[int]) -> list[TurnState]:
-    """The states that some segments hold, the newest first; damaged rows are left out: they may be anybody's."""
-    query = sa.select(turn_state).where(turn_state.c.segment.in_(segments)).order_by(turn_state.c.id.desc())
-    found = []
-    for row in conn.execute(query):
+def owner_of(conn: sa.Connection, segment: int, position: int) -> TurnState | None:
+    """The oldest state that a segment holds up to some position of it, or beyond; None if no turn is left of it.
+
+    Damaged rows are left out: they may be anybody's.
+    """
+    query = sa.select(turn_state).where(
+        turn_state.c.segment == segment, turn_state.c.state_start < position, turn_state.c.state_end >= position
+    )
+    for row in conn.execute(query.order_by(turn_state.c.id)):
         try:
-            found.append(_state(checked(turn_state, row)))
+            return _state(checked(turn_state, row))
         except (CorruptRow, FormatError):
             continue
-    return found
+    return None
 
 
 def state(conn: sa.Connection, row: int) -> TurnState:
@@ -317,9 +321,7 @@ def base_of(conn: sa.Connection, above: TurnState) -> TurnState | None:
     """The turn state that one was computed on, which knows how to compute that again; None if no turn is left of it."""
     if above.base_state is not None:
         return state(conn, above.base_state)
-    base = above.base_segment
-    owners = states_with_segments(conn, [base]) if base is not None else []
-    return owners[0] if owners else None
+    return owner_of(conn, above.base_segment, above.state_start) if above.base_segment is not None else None
 
 
 def set_segment(conn: sa.Connection, row: int, segment: int, base_segment: int | None) -> None:
