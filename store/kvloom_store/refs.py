@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -163,9 +163,21 @@ def _named(conn: sa.Connection, table: sa.Table, session_row: int, name: str) ->
 
 def branches(conn: sa.Connection, session_row: int) -> list[Branch]:
     """The branches of a session, oldest first."""
-    query = sa.select(branch).where(branch.c.session == session_row).order_by(branch.c.id)
-    rows = [checked(branch, row) for row in conn.execute(query)]
-    return [Branch(row["id"], row["session"], row["name"], row["turn"]) for row in rows]
+    return list(_branches(conn, sa.select(branch).where(branch.c.session == session_row)))
+
+
+def branches_by_session(conn: sa.Connection) -> dict[int, list[Branch]]:
+    """The branches of every session, oldest first, in one query."""
+    found: dict[int, list[Branch]] = {}
+    for each in _branches(conn, sa.select(branch)):
+        found.setdefault(each.session, []).append(each)
+    return found
+
+
+def _branches(conn: sa.Connection, query: sa.Select[Any]) -> Iterator[Branch]:
+    for row in conn.execute(query.order_by(branch.c.id)):
+        values = checked(branch, row)
+        yield Branch(values["id"], values["session"], values["name"], values["turn"])
 
 
 def tags(conn: sa.Connection, session_row: int) -> dict[str, int]:

@@ -285,7 +285,8 @@ def delete(conn: sa.Connection, ids: list[int]) -> None:
 
 def sweep(conn: sa.Connection) -> None:
     """Take away what a process that died while writing state has left."""
-    stale = sa.select(segment.c.id).where(segment.c.complete == 0, segment.c.created < now_us() - ABANDONED_US)
+    incomplete = segment.c.complete == sa.literal_column("0")  # spelled out: as a parameter it would not find its index
+    stale = sa.select(segment.c.id).where(incomplete, segment.c.created < now_us() - ABANDONED_US)
     ids = list(conn.execute(stale).scalars())
     if ids:
         delete(conn, ids)

@@ -131,6 +131,16 @@ def forget_table(conn: sa.Connection, name: str, behind: Sequence[str]) -> None:
         conn.exec_driver_sql(f"DROP TABLE IF EXISTS {table}")
 
 
+def uint32_at(blob: sa.ColumnElement[bytes], at: sa.ColumnElement[int]) -> sa.ColumnElement[int]:
+    """The little-endian 32-bit unsigned integer that begins at byte ``at`` of a blob.
+
+    SQLite has no function for the value of a byte: it is where that byte stands among all 256.
+    """
+    every = sa.literal(bytes(range(256)), sa.LargeBinary)
+    digits = [sa.func.instr(every, sa.func.substr(blob, at + 1 + place, 1), type_=sa.Integer) - 1 for place in range(4)]
+    return digits[0] + 0x100 * digits[1] + 0x10000 * digits[2] + 0x1000000 * digits[3]
+
+
 def checkpoint(engine: sa.Engine) -> None:
     """Move the write-ahead log into the file, where reads are mapped; what a reader still needs stays.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,9 @@ from kvloom_store.database import allocate, now_us
 from kvloom_store.errors import CorruptRow
 from kvloom_store.schema import turn, turn_state
 from kvloom_store.trie import Position, pack_tokens, unpack_tokens
+
+QUERY_TURNS = 500
+"""Turns asked for in one query: databases bound the number of parameters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +152,18 @@ def get(conn: sa.Connection, row: int) -> Turn:
     if found is None:
         raise CorruptRow("turn", (row,))
     return _turn(checked(turn, found))
+
+
+def each_of(conn: sa.Connection, rows: Sequence[int]) -> Iterator[Turn | None]:
+    """Turns in the order of their rows, some hundred in one query; None for one that is damaged, or not there."""
+    for first in range(0, len(rows), QUERY_TURNS):
+        some = rows[first : first + QUERY_TURNS]
+        found = {values.id: values for values in conn.execute(sa.select(turn).where(turn.c.id.in_(some)))}
+        for row in some:
+            try:
+                yield _turn(checked(turn, found[row])) if row in found else None
+            except CorruptRow:
+                yield None
 
 
 def of_session(conn: sa.Connection, session: int) -> list[Turn]:
