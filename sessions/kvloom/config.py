@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvloom.errors import SessionError
+from kvloom_proto.codecs import SETTINGS
 
 DEFAULTS = {"model": "smollm2", "dtype": "auto", "codec": "raw", "keyframe_spacing": "256"}
-CHOICES = {"dtype": ("auto", "float32", "bfloat16"), "codec": ("raw", "planes-lz4", "auto")}
+CHOICES = {"dtype": ("auto", "float32", "bfloat16"), "codec": SETTINGS}
 MAX_BYTES = 1 << 20
 
 
