@@ -14,6 +14,8 @@ The store adds StoreError (exit 20), the engine EngineError (30), conversations 
 
 from __future__ import annotations
 
+from kvloom_proto.codecs import LOSSLESS
+
 
 class KVLoomError(Exception):
     """Anything kvloom refuses or could not do. ``hint`` says what to do about it."""
@@ -65,7 +67,11 @@ class UnknownCodec(FormatError):
     """A chunk names a codec this kvloom does not have."""
 
     def __init__(self, codec: str) -> None:
-        super().__init__(f"unknown codec {codec!r}", field="codec", hint="upgrade kvloom")
+        super().__init__(
+            f"unknown codec {codec!r}",
+            field="codec",
+            hint=f"this kvloom has {', '.join(LOSSLESS)}; a newer one may have more",
+        )
         self.codec = codec
 
 

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvloom.errors import SessionError
+from kvloom_proto.codecs import SETTINGS
 
 DEFAULTS = {"model": "smollm2", "dtype": "auto", "device": "cpu", "codec": "raw", "keyframe_spacing": "256"}
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
     "device": ("auto", "cpu", "cuda", "mps"),
-    "codec": ("raw", "planes-lz4", "auto"),
+    "codec": SETTINGS,
 }
 MAX_BYTES = 1 << 20
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvloom.errors import Closed, EngineError, RefExists
 from kvloom.session import Session
+from kvloom_proto.codecs import AUTO, SETTINGS
+from kvloom_proto.errors import UnknownCodec
 from kvloom_store import names, refs, turns
 from kvloom_store.database import Database, default_path
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from kvloom_store.search import Hits
     from kvloom_store.writer import Writer
 
-DEFAULT_CODEC = "auto"
+DEFAULT_CODEC = AUTO
 
 
 class KVLoom:
@@ -51,13 +53,16 @@ class KVLoom:
 
         ``model`` is an alias, a folder, a .gguf file or a hub name, or an engine that holds a model already.
         ``device`` is where a model that is loaded runs: cpu, cuda, mps, or auto (an accelerator if there is one).
-        ``codec`` is how new state is stored: raw, planes-lz4, or auto (planes-lz4 where it helps).
+        ``codec`` is how new state is stored: raw, lz4, zstd, or auto (whichever is worth it).
         ``keyframe_spacing``: of models that overwrite state in place (recurrent, SSM, convolution), a copy is kept at
         least every so many tokens (default 256): a restore at any token runs at most so many again.
 
         Raises:
+            UnknownCodec
             NotAStore, SchemaTooNew, StoreUnavailable, StoreLocked
         """
+        if codec not in SETTINGS:
+            raise UnknownCodec(codec)
         self.database = Database(Path(path) if path is not None else default_path(), must_exist=must_exist)
         self._codec = codec
         self._model = model

@@ -112,7 +112,7 @@ def rm(options: Options, session: str, yes: bool) -> None:
 @click.option("--unset", is_flag=True, help="Go back to the default of KEY.")
 def config(options: Options, key: str | None, value: str | None, unset: bool) -> None:
     """Show your defaults, or set one: model, dtype (auto, float32, bfloat16), device (auto, cpu, cuda, mps),
-    codec (raw, planes-lz4, auto), keyframe_spacing (tokens).
+    codec (raw, lz4, zstd, auto), keyframe_spacing (tokens).
 
     A session keeps the model it began with; KVLOOM_MODEL goes before the config file.
 
