@@ -121,7 +121,7 @@ def _load_wanted(
         read, manifest, spec = found
         try:
             layers = expand(manifest.layers)
-            raw = _checked_raw(values, layers, read.segment, spec)
+            raw = checked_raw(values, layers, read.segment, spec)
             _scatter(
                 raw, layers, spec, max(spec.position, read.start), min(spec.position + spec.tokens, read.end), sink
             )
@@ -159,7 +159,7 @@ def load_keyframe(conn: sa.Connection, links: Sequence[Link], keyframe: Keyframe
         if spec is None:
             continue
         try:
-            raw = _checked_raw(values, layers, link.id, spec)
+            raw = checked_raw(values, layers, link.id, spec)
         except FormatError as error:
             raise StateDamaged(str(error), link.start) from error
         total += spec.stored_length
@@ -202,7 +202,7 @@ def _blobs(conn: sa.Connection, kind: LayerKind, reads: Sequence[Read], wanted: 
             yield dict(row._mapping)
 
 
-def _checked_raw(values: dict[str, Any], layers: list[LayerSpec], segment_id: int, spec: ChunkSpec) -> codec.Buffer:
+def checked_raw(values: dict[str, Any], layers: list[LayerSpec], segment_id: int, spec: ChunkSpec) -> codec.Buffer:
     """The raw bytes of a chunk's row, if it is what was written. Raises FormatError, ChecksumMismatch among them."""
     stored = values["blob"]
     found = digest(stored) if isinstance(stored, bytes) else b""
