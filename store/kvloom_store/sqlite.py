@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -132,83 +132,6 @@ def forget_table(conn: sa.Connection, name: str, behind: Sequence[str]) -> None:
         conn.exec_driver_sql(f"DROP TABLE IF EXISTS {table}")
 
 
-@dataclass(frozen=True, slots=True)
-class Gap:
-    """Rows of a table that cannot be read: those with row ids above ``after``, and below ``before`` (None: to its end).
-
-    ``why`` is what SQLite says of it.
-    """
-
-    after: int
-    before: int | None
-    why: str
-
-
-def scan(conn: sa.Connection, table: sa.Table, *, lengths: Collection[str] = ()) -> Iterator[tuple[int, Any] | Gap]:
-    """Every row of a table that can be read, with its row id and as a dictionary, in the order of the file.
-
-    Values are what is in the file, whatever a column should hold; text that is not UTF-8 is given as bytes. Of the
-    columns in ``lengths`` only the length is read.
-    """
-    quote = conn.dialect.identifier_preparer.quote
-    cells = []
-    for column in table.columns:
-        name = quote(column.name)
-        plain = f"CASE WHEN typeof({name}) IN ('text', 'blob') THEN CAST({name} AS BLOB) ELSE {name} END"
-        cells += [f"typeof({name})", f"length({name})" if column.name in lengths else plain]
-    sql = f"SELECT rowid, {', '.join(cells)} FROM {quote(table.name)} WHERE rowid > ? ORDER BY rowid"
-    names = [column.name for column in table.columns]
-    last = -(1 << 63)
-    while True:
-        try:
-            for row in conn.exec_driver_sql(sql, (last,)):
-                last = row[0]
-                yield last, {name: _value(*row[1 + 2 * n : 3 + 2 * n]) for n, name in enumerate(names)}
-            return
-        except DBAPIError as error:
-            beyond = _readable_beyond(conn, quote(table.name), last)
-            yield Gap(last, beyond, str(error.orig))
-        if beyond is None:
-            return
-        last = max(beyond - 1, last + 1)
-
-
-def _value(kind: str, value: Any) -> Any:
-    if kind == "text" and isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError:
-            return value
-    return value
-
-
-def _readable_beyond(conn: sa.Connection, table: str, last: int) -> int | None:
-    """The first row id behind a row that cannot be read from which SQLite finds rows again; None if there is none."""
-    last = max(last, 0)
-
-    def first_beyond(row: int) -> int | None:
-        found = conn.exec_driver_sql(f"SELECT rowid FROM {table} WHERE rowid > ? ORDER BY rowid LIMIT 1", (row,))
-        return found.scalar()
-
-    for power in range(1, 62):
-        try:
-            found = first_beyond(last + (1 << power) - 1)
-        except DBAPIError:
-            continue
-        if found is None and power == 1:
-            return None
-        low, high = last + (1 << (power - 1)) - 1, last + (1 << power) - 1
-        while low + 1 < high:  # it fails at low, and not at high
-            middle = (low + high) // 2
-            try:
-                first_beyond(middle)
-                high = middle
-            except DBAPIError:
-                low = middle
-        return first_beyond(high)
-    return None
-
-
 def integrity(conn: sa.Connection, *, quick: bool) -> Iterator[str]:
     """What SQLite's own check says is wrong with the file, a line each; ``quick`` leaves its indexes out."""
     try:
@@ -225,15 +148,27 @@ def tree_names(conn: sa.Connection) -> dict[int, tuple[str, str]]:
     return {page: (kind, name) for page, kind, name in rows}
 
 
-def dangling(conn: sa.Connection) -> Iterator[tuple[str, int, str]]:
-    """Rows that name one that is not there: their table, their row id, the table they point into."""
-    for table, row, parent, _ in conn.exec_driver_sql("PRAGMA foreign_key_check"):
-        yield table, row, parent
-
-
 def reindex(conn: sa.Connection) -> None:
     """Make every index anew from its table (inside a write transaction)."""
     conn.exec_driver_sql("REINDEX")
+
+
+def overwrite(target: sa.Engine, source: sa.Engine) -> None:
+    """Put all of another file's content into a file, in one transaction: a crash leaves the one or the other."""
+    with contextlib.closing(target.raw_connection()) as to, contextlib.closing(source.raw_connection()) as given:
+        assert to.driver_connection is not None
+        assert given.driver_connection is not None
+        given.driver_connection.backup(to.driver_connection)
+
+
+def data_version(conn: sa.Connection) -> int:
+    """A number that changes when another connection has written to the file."""
+    return int(conn.exec_driver_sql("PRAGMA data_version").scalar_one())
+
+
+def without_foreign_keys(conn: sa.Connection) -> None:
+    """Let rows be written in any order by this connection (outside of a transaction)."""
+    conn.exec_driver_sql("PRAGMA foreign_keys=OFF")
 
 
 def checkpoint(engine: sa.Engine) -> None:

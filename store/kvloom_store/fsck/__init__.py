@@ -29,6 +29,7 @@ def check(database: Database, *, blobs: bool = True, progress: Progress | None =
     with database.read() as conn:
         reader = Reader(conn)
         found = tuple(_findings(reader, blobs, progress))
+        conn.rollback()  # SQLite looks at a damaged index once more to commit, and refuses
     return Report(found, reader.rows, reader.bytes)
 
 

@@ -12,7 +12,7 @@ from kvloom_proto.records import read_provenance
 from kvloom_store.checksum import digest, unpacked
 from kvloom_store.errors import CorruptRow
 from kvloom_store.fsck.findings import Finding, Kind, Severity
-from kvloom_store.fsck.reading import Reader, finding, key_of
+from kvloom_store.fsck.reading import CACHE_OF_STATE, RELEASED, Reader, finding, key_of, shown
 from kvloom_store.schema import (
     branch,
     candidate,
@@ -112,10 +112,10 @@ def _missing(reader: Reader, table: sa.Table, column: sa.Column[Any], target: sa
         key = key_of(table, {each.name: cell for each, cell in zip(keys, row, strict=False)})
         if key in reader.damaged.get(table.name, ()):
             continue
-        derived = target.name == "segment"  # its state is computed again
-        words = f"{column.name} of row {key} of {table.name} names {target.name} {row.named}, which is not there"
+        derived = table.name in CACHE_OF_STATE or (table.name, column.name) in RELEASED
+        words = f"{column.name} of row {shown(key)} of {table.name} names {target.name} {row.named}, which is not there"
         words += ": that state is computed again" if derived else ": it cannot be used"
-        severity = Severity.HEALS if derived or table.name == "segment" else Severity.LOST
+        severity = Severity.HEALS if derived else Severity.LOST
         at = reader.at(table, {"turn": None, **dict(row._mapping)}) if "id" in table.columns else None
         yield finding(Kind.POINTER, severity, table, key, at, words)
 

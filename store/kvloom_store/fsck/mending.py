@@ -21,7 +21,7 @@ MEND_BYTES = 64 << 10
 def mended(table: sa.Table, values: Mapping[str, Any]) -> dict[str, Any] | None:
     """The row as it was written, if one bit of what was found makes the difference; None otherwise.
 
-    ``values`` holds every column, ``checksum`` among them, as ``sqlite.scan`` gives them; of a chunk, its blob's
+    ``values`` holds every column, ``checksum`` among them, as ``scan.scan`` gives them; of a chunk, its blob's
     digest.
     """
     names = [column.name for column in table.columns if column.name != "checksum"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,7 +145,7 @@ def _state(reader: Reader, row: dict[str, Any]) -> tuple[Kind, Severity, str] | 
             read_scores(row["scores"], trie.unpack_tokens(row["tokens"]))
         except FormatError as error:
             return Kind.VALUE, Severity.LOST, f"what the model thought of this turn's tokens cannot be read: {error}"
-    wrong = _stands(reader, row)
+    wrong = stands(reader, row, "segment") or stands(reader, row, "base_segment")
     if wrong is not None:
         return Kind.STATE, Severity.HEALS, f"{wrong}: it is computed again from the tokens"
     if row["segment"] is None and row["state_end"] > row["state_start"]:
@@ -185,22 +185,17 @@ def tail(reader: Reader, node_id: int, offset: int, count: int, end: int) -> byt
         at, upto, end = values["parent"], values["parent_offset"], values["start"]
 
 
-def _stands(reader: Reader, row: dict[str, Any]) -> str | None:
-    """What is wrong with the segments that a turn's state is in, or stands on."""
-    for name, upto in (("segment", row["state_end"]), ("base_segment", row["state_start"])):
-        if row[name] is None or upto == 0:
-            continue
-        columns = (segment.c.node, segment.c.end, segment.c.complete)
-        found = [] if reader.is_damaged(segment, row[name]) else reader.ask(
-            sa.select(*columns).where(segment.c.id == row[name])
-        )  # fmt: skip
-        if not found:
-            continue  # missing or damaged: told already
-        at, end, complete = found[0]
+def stands(reader: Reader, row: Mapping[str, Any], column: str) -> str | None:
+    """What is wrong with the segment that a turn's state is in (``segment``), or stands on (``base_segment``)."""
+    upto = row["state_end" if column == "segment" else "state_start"]
+    if row[column] is None or upto == 0 or reader.is_damaged(segment, row[column]):
+        return None
+    query = sa.select(segment.c.node, segment.c.end, segment.c.complete).where(segment.c.id == row[column])
+    for at, end, complete in reader.ask(query):  # where it is missing or damaged, that is told by itself
         if not complete:
-            return f"segment {row[name]}, which {name} names, was given up"
+            return f"segment {row[column]}, which {column} names, was given up"
         if end < upto or not same_path(reader, at, row["node"], upto):
-            return f"segment {row[name]}, which {name} names, does not hold the path of this turn"
+            return f"segment {row[column]}, which {column} names, does not hold the path of this turn"
     return None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
-from kvloom_store import sqlite
+from kvloom_store import scan
 from kvloom_store.checksum import digest, row_checksum
 from kvloom_store.fsck.findings import Finding, Kind, Severity
 from kvloom_store.schema import chunk, metadata, session, turn, turn_state
@@ -20,6 +20,9 @@ Progress = Callable[[int, int], None]
 CACHE_OF_STATE = frozenset({"segment", "chunk", "model_digest"})
 """Tables whose rows can all be made anew from others."""
 
+RELEASED = frozenset({("turn_state", "segment"), ("turn_state", "base_segment"), ("turn_state", "base_state")})
+"""Columns that name where state is, or what it stood on: without them it is computed again."""
+
 Key = tuple[int | str, ...]
 
 
@@ -29,8 +32,13 @@ def key_of(table: sa.Table, values: dict[str, Any]) -> Key:
     return tuple(cell.hex() if isinstance(cell, bytes) else cell for cell in cells)
 
 
+def shown(key: Key) -> str:
+    """A key as people read it."""
+    return str(key[0]) if len(key) == 1 else str(key)
+
+
 def is_intact(table: sa.Table, values: dict[str, Any], blob: bytes | None = None) -> bool:
-    """Whether a row as ``sqlite.scan`` gives it is the one that was written; ``blob`` is the digest of a chunk's."""
+    """Whether a row as ``scan.scan`` gives it is the one that was written; ``blob`` is the digest of a chunk's."""
     covered = {name: value for name, value in values.items() if name != "checksum"}
     if table is chunk:
         covered["blob"] = digest(values["blob"]) if blob is None and isinstance(values["blob"], bytes) else blob
@@ -54,15 +62,15 @@ class Reader:
     rows: int = 0
     bytes: int = 0
 
-    def rows_of(self, table: sa.Table, *, lengths: Collection[str] = ()) -> Iterator[dict[str, Any] | sqlite.Gap]:
+    def rows_of(self, table: sa.Table, *, lengths: Collection[str] = ()) -> Iterator[dict[str, Any] | scan.Gap]:
         """Every row of a table that can be read, and the gaps between them."""
-        for each in sqlite.scan(self.conn, table, lengths=lengths):
-            yield each if isinstance(each, sqlite.Gap) else each[1]
+        for each in scan.scan(self.conn, table, lengths=lengths):
+            yield each if isinstance(each, scan.Gap) else each[1]
 
     def intact(self, table: sa.Table) -> Iterator[dict[str, Any]]:
         """The rows of a table (not of chunks) that are what was written."""
         for values in self.rows_of(table):
-            if not isinstance(values, sqlite.Gap) and is_intact(table, values):
+            if not isinstance(values, scan.Gap) and is_intact(table, values):
                 yield values
 
     def is_damaged(self, table: sa.Table, *key: int | str | None) -> bool:

@@ -12,12 +12,12 @@ from sqlalchemy.exc import DBAPIError
 
 from kvloom_proto.errors import FormatError
 from kvloom_proto.records import ChunkSpec, LayerSpec, Manifest, expand, read_manifest
-from kvloom_store import restore, sqlite
+from kvloom_store import restore, scan, sqlite
 from kvloom_store.checksum import checked
 from kvloom_store.errors import CorruptRow
 from kvloom_store.fsck.findings import Finding, Kind, Severity
 from kvloom_store.fsck.mending import mended
-from kvloom_store.fsck.reading import CACHE_OF_STATE, Progress, Reader, finding, is_intact, key_of, table_named
+from kvloom_store.fsck.reading import CACHE_OF_STATE, Progress, Reader, finding, is_intact, key_of, shown, table_named
 from kvloom_store.schema import chunk, metadata, segment
 
 PROGRESS_BYTES = 16 << 20
@@ -45,12 +45,13 @@ def pages(reader: Reader, *, quick: bool) -> Iterator[Finding]:
         trees = sqlite.tree_names(reader.conn)
     except DBAPIError:
         trees = {}
-    for line in sqlite.integrity(reader.conn, quick=quick):
+    for told in sqlite.integrity(reader.conn, quick=quick):
+        line = " ".join(told.replace("*** in database main ***", "").split())
         if re.search(r" (missing from index|entries in index|not in index)|entry in index", line):
             words = f"{line}: rows may not be found; the index is made anew from the rows"
             yield finding(Kind.SQL_INDEX, Severity.HEALS, "", None, None, words)
             continue
-        named = re.search(r"\bTree (\d+)\b", line)
+        named = re.search(r"\b(?:Tree|On tree page) (\d+)\b", line)
         kind, name = trees.get(int(named[1]), ("", "")) if named else ("", "")
         if kind == "index":
             words = f"the file is damaged in an index of {name} ({line}): it is made anew"
@@ -65,7 +66,7 @@ def tables(reader: Reader) -> Iterator[Finding]:
     for table in metadata.tables.values():
         if table is not chunk:
             for values in reader.rows_of(table):
-                if isinstance(values, sqlite.Gap):
+                if isinstance(values, scan.Gap):
                     yield _gap(reader, table, values)
                     continue
                 reader.rows += 1
@@ -73,7 +74,7 @@ def tables(reader: Reader) -> Iterator[Finding]:
                     yield _damaged(reader, table, values)
 
 
-def _gap(reader: Reader, table: sa.Table, gap: sqlite.Gap) -> Finding:
+def _gap(reader: Reader, table: sa.Table, gap: scan.Gap) -> Finding:
     reader.torn.add(table.name)
     where = f"behind row {gap.after}" if gap.after >= 0 else "from the first one on"
     where += f" and before row {gap.before}" if gap.before is not None else ""
@@ -86,7 +87,7 @@ def _gap(reader: Reader, table: sa.Table, gap: sqlite.Gap) -> Finding:
 def _damaged(reader: Reader, table: sa.Table, values: dict[str, Any]) -> Finding:
     key = key_of(table, values)
     reader.damaged.setdefault(table.name, set()).add(key)
-    what = f"row {_shown(key)} of {table.name} is damaged (its checksum does not match)"
+    what = f"row {shown(key)} of {table.name} is damaged (its checksum does not match)"
     was = mended(table, values) if table is not chunk else None
     if was is not None:
         words, severity = f"{what}: one bit of it has changed, and the checksum says which", Severity.HEALS
@@ -99,10 +100,6 @@ def _damaged(reader: Reader, table: sa.Table, values: dict[str, Any]) -> Finding
     return finding(Kind.ROW, severity, table, key, reader.at(table, was or values), words)
 
 
-def _shown(key: tuple[int | str, ...]) -> str:
-    return str(key[0]) if len(key) == 1 else str(key)
-
-
 def chunks(reader: Reader, *, blobs: bool, progress: Progress | None) -> Iterator[Finding]:
     """Every chunk: its row, its blob against the digests in its segment's manifest, and what it decodes to.
 
@@ -112,7 +109,7 @@ def chunks(reader: Reader, *, blobs: bool, progress: Progress | None) -> Iterato
     total = sum(size or 0 for (size,) in reader.ask(sa.select(sa.func.sum(chunk.c.length)))) if progress else 0
     told = 0
     for values in reader.rows_of(chunk, lengths=() if blobs else ("blob",)):
-        if isinstance(values, sqlite.Gap):
+        if isinstance(values, scan.Gap):
             yield _gap(reader, chunk, values)
             continue
         reader.rows += 1
