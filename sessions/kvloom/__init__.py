@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from kvloom.scores import TokenScore
     from kvloom.session import Session, TreeTurn
     from kvloom.template import ChatTemplate
+    from kvloom.verify import Receipt
     from kvloom.why import Why
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "Node",
     "Option",
     "PlannedBranch",
+    "Receipt",
     "Reply",
     "Restored",
     "Sample",
@@ -83,6 +85,7 @@ _HOME = {
     "Node": "explore.search",
     "Option": "choices",
     "PlannedBranch": "planned",
+    "Receipt": "verify",
     "Reply": "report",
     "Restored": "report",
     "Sample": "sample",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kvloom.models import Progress
     from kvloom.prefetch import Prefetch
     from kvloom.resume import Resumer
+    from kvloom_store.fsck import Report
     from kvloom_store.search import Hits
     from kvloom_store.writer import Writer
 
@@ -229,6 +230,25 @@ class KVLoom:
         if rebuild:
             search.rebuild(self.database)
         return search.search(self.database, text, session=session, role=role, limit=limit, newest=newest, raw=raw)
+
+    def fsck(self, *, quick: bool = False, progress: Callable[[int, int], None] | None = None) -> Report:
+        """Check everything in the store; nothing is changed. ``quick`` does not read stored state.
+
+        ``progress`` is told the bytes of state that were read, and those there are.
+        """
+        from kvloom_store import fsck
+
+        self.flush()
+        return fsck.check(self.database, blobs=not quick, progress=progress)
+
+    def repair(self, *, told: Callable[[str], None] = lambda _: None) -> Report:
+        """Repair what a check finds, computing state again with this model; what a check finds then.
+
+        ``told`` hears what was done, a line each. Raises StoreError, EngineError and their kinds.
+        """
+        from kvloom.repair import repair_all
+
+        return repair_all(self, told=told)
 
     def remove(self, name: str) -> None:
         """Take a session away, with the state that no other one shares. Raises RefNotFound."""

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from kvloom.report import Added
     from kvloom.template import ChatTemplate
     from kvloom.tokens import Decoder
+    from kvloom.verify import Receipt
     from kvloom.warm import Missing
     from kvloom.why import Why
 
@@ -216,6 +217,23 @@ class Session:
 
         ref = self.ref(at)
         return warm(self, self._loom.resolve(ref).turn, ref.point or MAIN, cancel=cancel, progress=progress)
+
+    def verify(
+        self,
+        at: str | None = None,
+        *,
+        replay: bool = False,
+        cancel: threading.Event | None = None,
+        progress: Progress | None = None,
+    ) -> Receipt:
+        """Read all stored state down to a ref back and check it; with ``replay``, compute it again and compare.
+
+        Without ``replay`` no model is needed. Raises CorruptRow where text or tokens are damaged, RefNotFound,
+        ModelMismatch, EngineError.
+        """
+        from kvloom.verify import verify
+
+        return verify(self, self.ref(at), replay=replay, cancel=cancel, progress=progress)
 
     def cost(self, prices: Prices | None = None) -> SessionCost:
         """Tokens reused and computed so far, seconds saved, and what a hosted model would have charged."""

@@ -53,6 +53,12 @@ def heal(database: Database, source: Captured, segment_id: int, draft: segments.
             key = [c == row_now[c.name] for c in chunk.primary_key.columns]
             conn.execute(chunk.delete().where(*key))
             conn.execute(chunk.insert(), row_now)
+        named = {(int(spec.kind), spec.layer, spec.position) for spec in manifest.chunks}
+        keys = (chunk.c.kind, chunk.c.layer, chunk.c.position)
+        for key_there in conn.execute(sa.select(*keys).where(chunk.c.segment == segment_id)).all():
+            if tuple(key_there) not in named:  # a damaged row may say that it is another one
+                stray = [column == cell for column, cell in zip(keys, key_there, strict=True)]
+                conn.execute(chunk.delete().where(chunk.c.segment == segment_id, *stray))
         manifest = replace(manifest, chunks=tuple(whole))  # another version of a compressor may have packed otherwise
         update(conn, segment, values, manifest=pack(manifest), stored_bytes=manifest.stored_bytes)
     return True

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -74,21 +74,45 @@ def chain(conn: sa.Connection, segment_id: int) -> list[Link]:
         if not values or not values["complete"] or (links and values["end"] < links[-1].start):
             raise StateDamaged(f"segment {at} of the chain is missing or incomplete", 0)
         at = values["base_segment"]
-        links.append(
-            Link(
-                values["id"],
-                values["node"],
-                values["start"],
-                values["end"],
-                at,
-                values["provenance"],
-                values["manifest"],
-                values["schedule"],
-            )
-        )
+        links.append(_link(values))
     if links[-1].start != 0:
         raise StateDamaged("the chain does not reach back to the first token", 0)
     return links[::-1]
+
+
+def _link(values: Mapping[str, Any]) -> Link:
+    names = ("id", "node", "start", "end", "base_segment", "provenance", "manifest", "schedule")
+    return Link(*(values[name] for name in names))
+
+
+def link_of(conn: sa.Connection, segment_id: int) -> Link:
+    """One segment, complete or not. Raises CorruptRow."""
+    row = conn.execute(sa.select(segment).where(segment.c.id == segment_id)).one_or_none()
+    if row is None:
+        raise CorruptRow("segment", (segment_id,))
+    return _link(checked(segment, row))
+
+
+def read_back(conn: sa.Connection, link: Link, upto: int) -> Iterator[tuple[ChunkSpec, codec.Buffer]]:
+    """Every chunk of a segment that holds state before position ``upto``, or at it, checked: its raw bytes, one at a
+    time.
+
+    Raises:
+        StateDamaged: a chunk is missing or not what was written.
+    """
+    layers = expand(link.manifest.layers)
+    for spec in link.manifest.chunks:
+        if spec.position >= upto and not (spec.tokens == 0 and spec.position == upto):
+            continue
+        key = (chunk.c.segment == link.id) & (chunk.c.kind == int(spec.kind)) & (chunk.c.layer == spec.layer)
+        row = conn.execute(sa.select(chunk).where(key, chunk.c.position == spec.position)).one_or_none()
+        if row is None:
+            raise StateDamaged(f"chunk {spec.layer} at {spec.position} of segment {link.id} is missing", link.start)
+        try:
+            raw = checked_raw(dict(row._mapping), layers, link.id, spec)
+        except FormatError as error:
+            raise StateDamaged(str(error), link.start) from error
+        yield spec, raw
 
 
 def load(

@@ -224,3 +224,6 @@ tag = _table(
     UniqueConstraint("session", "name", name="tag_name"),
 )
 """A name that does not move."""
+
+quarantine = _table("quarantine", _id(), _text("of"), _bytes("cells"), _bytes("why"), _int("created"))
+"""Rows that a repair took out of use, as they were found: the table they were of, their cells and why (MessagePack)."""

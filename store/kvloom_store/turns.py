@@ -344,3 +344,9 @@ def set_segment(conn: sa.Connection, row: int, segment: int, base_segment: int |
     found = conn.execute(sa.select(turn_state).where(turn_state.c.id == row)).one_or_none()
     if found is not None:  # the session may have been removed meanwhile
         update(conn, turn_state, checked(turn_state, found), segment=segment, base_segment=base_segment)
+
+
+def with_segments(conn: sa.Connection, root: int) -> list[int]:
+    """The rows of a model's turn states that name a segment, those of the first tokens first."""
+    query = sa.select(turn_state.c.id).where(turn_state.c.root == root, turn_state.c.segment.is_not(None))
+    return list(conn.execute(query.order_by(turn_state.c.state_end, turn_state.c.id)).scalars())

@@ -25,12 +25,14 @@ from kvloom.cli import (
     diff,
     edit,
     explore,
+    fsck,
     manage,
     sample,
     search,
     show,
     talk,
     tree,
+    verify,
     warm,
     why,
 )
@@ -47,7 +49,7 @@ _SECTIONS = {
     "Talk": [chat.chat, talk.say, talk.continue_, talk.regenerate],
     "Branch": [manage.fork, edit.edit, compact.compact, manage.tag, manage.rename, manage.rm],
     "Explore": [sample.sample, explore.explore],
-    "State": [warm.warm],
+    "State": [warm.warm, fsck.fsck, verify.verify],
     "Look": [
         *(browse.browse, show.ls, show.branches, show.log, tree.tree, show.show),
         *(search.search, diff.diff, why.why, about.stats, cost.cost),
