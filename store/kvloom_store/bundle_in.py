@@ -10,9 +10,8 @@ imported again, and one that says more than the last adds what is new.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import sqlalchemy as sa
@@ -93,9 +92,10 @@ def import_bundle(
     sessions: Sessions,
     *,
     name: str | None = None,
+    text_only: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Imported:
-    """Read a bundle into the store, as session ``name`` (default: its own).
+    """Read a bundle into the store, as session ``name`` (default: its own); ``text_only``: without its state.
 
     ``progress`` is told how many bytes were read, twice over.
 
@@ -116,10 +116,23 @@ def import_bundle(
         contents = Contents(rules)
         taking = _Import(conn, contents, sessions, name)
         for record, parsed in contents.read(reader):
-            taking.take(record, parsed)
+            if not (text_only and isinstance(record, SegmentRecord | ChunkRecord)):
+                taking.take(*_without_state(record, parsed) if text_only else (record, parsed))
             if progress is not None:
                 progress(size + reader.position)
         return taking.finish()
+
+
+def _without_state(record: Record, parsed: Any) -> tuple[Record, Any]:
+    """A record that says nothing of state; what stood on state alone has all its tokens still to be run."""
+    if isinstance(record, Head):
+        return replace(record, text_only=True), parsed
+    if not isinstance(record, StateRecord):
+        return record, parsed
+    record = replace(record, segment=None, base_segment=None, hidden=None, hidden_dtype=None)
+    if record.base_state is not None or not record.state_start:
+        return record, parsed
+    return replace(record, state_start=0, state_end=0), Schedule()
 
 
 class _Import:
@@ -134,7 +147,7 @@ class _Import:
         self._roots: list[int] = []
         self._provenances: list[int] = []
         self._nodes: list[Position] = []
-        self._turns: list[tuple[int, bool]] = []
+        self._turns: list[int] = []
         self._segments: list[int] = []
         self._writes = False
         self._states: list[int] = []
@@ -219,10 +232,10 @@ class _Import:
 
     def _turn(self, record: TurnRecord, parsed: CheckedTurn) -> None:
         self._result.turns += 1
-        parent = None if record.parent is None else turns.get(self._conn, self._turns[record.parent][0])
+        parent = None if record.parent is None else turns.get(self._conn, self._turns[record.parent])
         found = self._same_turn(record, parent, parsed)
         if found is not None:
-            self._turns.append((found.row, False))
+            self._turns.append(found.row)
             return
         taken = turns.by_id(self._conn, record.public_id) is not None
         made = turns.add_turn(
@@ -237,7 +250,7 @@ class _Import:
             public_id=None if taken else record.public_id,
             created=record.created,
         )
-        self._turns.append((made.row, True))
+        self._turns.append(made.row)
         self._result.new_turns += 1
 
     def _same_turn(self, record: TurnRecord, parent: Turn | None, parsed: CheckedTurn) -> Turn | None:
@@ -248,11 +261,10 @@ class _Import:
             if (found.digest, found.parent) != (record.digest, above):
                 raise AnotherSession(self._here.name, f"turn {found.id[:8]} says something else there")
             return found
-        taken = {row for row, _ in self._turns}
         for each in turns.alike(self._conn, session, above, record.digest):
             same = (each.created, each.continues, each.finish_reason, each.settings)
             wanted = (record.created, record.continues, record.finish_reason, parsed.settings)
-            if same == wanted and each.row not in taken:
+            if same == wanted and each.row not in self._turns:
                 return each
         return None
 
@@ -280,7 +292,7 @@ class _Import:
 
     def _state(self, record: StateRecord, schedule: Schedule) -> None:
         self._result.states += 1
-        turn, _ = self._turns[record.turn]
+        turn = self._turns[record.turn]
         root, tokens = self._roots[record.model], unpack_tokens(record.tokens)
         position = self._position(record, root)
         segment = None if record.segment is None else self._segments[record.segment]
@@ -341,33 +353,12 @@ class _Import:
         return trie.position_at(self._conn, self._nodes[record.node], depth)
 
     def _branch(self, record: BranchRecord) -> None:
-        turn = None if record.turn is None else self._turns[record.turn][0]
+        turn = None if record.turn is None else self._turns[record.turn]
         self._first = self._first or turn
-        session = self._here.row
-        there = {each.name: each for each in refs.branches(self._conn, session)}
-        name = self._called(record.name, {each.name: each.turn for each in there.values()}, turn)
-        if name is None:
-            main = there.get(record.name)
-            if self._result.created and main is not None and main.turn is None:  # made with the session
-                refs.move_branch(self._conn, main.row, None, turn)
-                name = record.name
-            else:
-                name = refs.free_name(self._conn, session, record.name, itself=True)
-                refs.add_branch(self._conn, session, name, turn)
-        self._result.names[record.name] = name
+        begin = self._result.created  # then the branch main was made with it
+        self._result.names[record.name] = refs.place_branch(self._conn, self._here.row, record.name, turn, begin=begin)
 
     def _tag(self, record: TagRecord) -> None:
-        turn = self._turns[record.turn][0]
+        turn = self._turns[record.turn]
         self._first = self._first or turn
-        session = self._here.row
-        name = self._called(record.name, refs.tags(self._conn, session), turn)
-        if name is None:
-            name = refs.free_name(self._conn, session, record.name, itself=True)
-            refs.add_tag(self._conn, session, name, turn)
-        self._result.names[record.name] = name
-
-    @staticmethod
-    def _called(name: str, there: Mapping[str, int | None], turn: int | None) -> str | None:
-        """The name here that points at a turn, where an import before this one made it: itself, or with a number."""
-        numbered = re.compile(re.escape(name) + r"(-\d+)?")
-        return next((each for each, at in there.items() if at == turn and numbered.fullmatch(each)), None)
+        self._result.names[record.name] = refs.place_tag(self._conn, self._here.row, record.name, turn)
