@@ -114,31 +114,20 @@ def import_bundle(
     reader = Reader(file)
     with database.write(background=True) as conn:
         contents = Contents(rules)
-        taking = _Import(conn, contents, sessions, name)
+        taking = _Import(conn, contents, sessions, name, text_only)
         for record, parsed in contents.read(reader):
-            if not (text_only and isinstance(record, SegmentRecord | ChunkRecord)):
-                taking.take(*_without_state(record, parsed) if text_only else (record, parsed))
+            taking.take(record, parsed)
             if progress is not None:
                 progress(size + reader.position)
         return taking.finish()
 
 
-def _without_state(record: Record, parsed: Any) -> tuple[Record, Any]:
-    """A record that says nothing of state; what stood on state alone has all its tokens still to be run."""
-    if isinstance(record, Head):
-        return replace(record, text_only=True), parsed
-    if not isinstance(record, StateRecord):
-        return record, parsed
-    record = replace(record, segment=None, base_segment=None, hidden=None, hidden_dtype=None)
-    if record.base_state is not None or not record.state_start:
-        return record, parsed
-    return replace(record, state_start=0, state_end=0), Schedule()
-
-
 class _Import:
     """One import: the row here of each record, by its number."""
 
-    def __init__(self, conn: sa.Connection, contents: Contents, sessions: Sessions, name: str | None) -> None:
+    def __init__(
+        self, conn: sa.Connection, contents: Contents, sessions: Sessions, name: str | None, text_only: bool
+    ) -> None:
         self._conn = conn
         self._contents = contents
         self._sessions = sessions
@@ -150,6 +139,8 @@ class _Import:
         self._turns: list[int] = []
         self._segments: list[int] = []
         self._writes = False
+        self._text_only = text_only
+        self._pending: set[int] = set()
         self._states: list[int] = []
         self._session: refs.SessionRow | None = None
         self._first: int | None = None
@@ -158,7 +149,7 @@ class _Import:
         """Do what one record says."""
         match record:
             case Head():
-                self._result.text_only = record.text_only
+                self._result.text_only = self._text_only or record.text_only
             case Model():
                 self._model(record, parsed)
             case ProvenanceRecord():
@@ -169,6 +160,8 @@ class _Import:
                 self._node(record)
             case TurnRecord():
                 self._turn(record, parsed)
+            case SegmentRecord() | ChunkRecord() if self._text_only:
+                pass
             case SegmentRecord():
                 self._segment(record, parsed)
             case ChunkRecord():
@@ -292,6 +285,8 @@ class _Import:
 
     def _state(self, record: StateRecord, schedule: Schedule) -> None:
         self._result.states += 1
+        if self._text_only:
+            record, schedule = self._without_state(record, schedule)
         turn = self._turns[record.turn]
         root, tokens = self._roots[record.model], unpack_tokens(record.tokens)
         position = self._position(record, root)
@@ -331,6 +326,14 @@ class _Import:
         )
         self._states.append(made.row)
         self._result.new_states += 1
+
+    def _without_state(self, record: StateRecord, schedule: Schedule) -> tuple[StateRecord, Schedule]:
+        """A turn's tokens alone; where nothing says how what it stands on was computed, all are still to be run."""
+        record = replace(record, segment=None, base_segment=None, hidden=None, hidden_dtype=None)
+        if not record.state_start or record.base_state not in (None, *self._pending):
+            return record, schedule
+        self._pending.add(len(self._states))
+        return replace(record, base_state=None, state_start=0, state_end=0), Schedule()
 
     def _complete(
         self, here: turns.TurnState, segment: int | None, base_segment: int | None, record: StateRecord

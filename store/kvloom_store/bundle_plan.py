@@ -70,8 +70,11 @@ def plan(conn: sa.Connection, chosen: Chosen, *, text_only: bool = False) -> Bun
     made = BundlePlan(chosen)
     states = _rows(conn, turn_state, turn_state.c.turn, chosen.turns, _STATE)
     held = _Held(conn)
+    whole: set[int] = set()
     for row in _bases_first(states, "base_state"):
-        made.states.append(_planned_state(held, states, states[row], text_only=text_only))
+        planned = _planned_state(held, states, whole, states[row], text_only=text_only)
+        made.states.append(planned)
+        whole |= set() if planned.pending else {row}
     made.segments = held.planned()
     wanted: dict[int, int] = {}
     for each in made.states:
@@ -150,10 +153,16 @@ class _Held:
 
 
 def _planned_state(
-    held: _Held, states: Mapping[int, Mapping[str, Any]], values: Mapping[str, Any], *, text_only: bool
+    held: _Held,
+    states: Mapping[int, Mapping[str, Any]],
+    whole: set[int],
+    values: Mapping[str, Any],
+    *,
+    text_only: bool,
 ) -> PlannedState:
+    """``whole`` are the states before this one that are not pending."""
     row, start, end = values["id"], values["state_start"], values["state_end"]
-    inside = values["base_state"] in states
+    inside = values["base_state"] in whole
     own, below = None, None
     if not text_only:
         own = held.want(values["segment"], end) if end > start else None
