@@ -127,10 +127,12 @@ class Reader:
         yield record
 
     def _start(self) -> tuple[Encoding, bytes]:
-        start = self._take(_START.size)
-        magic, version, encoding = _START.unpack(start)
-        if magic != MAGIC:
+        magic = self._file.read(len(MAGIC))
+        if not magic or not MAGIC.startswith(magic):
             raise NotABundle("this is not a bundle", field="magic", hint="kvloom export makes one")
+        self.position = len(magic)
+        start = magic + self._take(_START.size - len(magic))
+        _, version, encoding = _START.unpack(start)
         if version != VERSION:
             raise UnsupportedVersion("bundle", version, VERSION)
         if encoding not in tuple(Encoding):

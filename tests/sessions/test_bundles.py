@@ -288,8 +288,8 @@ def test_a_bundle_of_a_cut_file_or_a_damaged_one_is_found(tmp_path: Path) -> Non
         data = bundle(tree(here)).getvalue()
         before = dump(there)
         cases = {
-            Truncated: [data[:-1], data[: len(data) // 2], data[:11], b""],
-            NotABundle: [b"x" + data[1:]],
+            Truncated: [data[:-1], data[: len(data) // 2], data[:11], data[:5]],
+            NotABundle: [b"x" + data[1:], b"no", b""],
             UnsupportedVersion: [data[:8] + b"\x02" + data[9:]],
             ChecksumMismatch: [data[:500] + bytes([data[500] ^ 1]) + data[501:]],
             FormatError: [data + b"x", data[:9] + b"\x03" + data[10:]],
