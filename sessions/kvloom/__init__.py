@@ -19,6 +19,7 @@ from kvloom._version import __version__
 
 if TYPE_CHECKING:
     from kvloom.branch import Branch
+    from kvloom.bundles import Exported
     from kvloom.choices import Choice, Option
     from kvloom.diff import Diff
     from kvloom.engine import TransformersEngine
@@ -45,6 +46,7 @@ __all__ = [
     "Diff",
     "Event",
     "ExploreSettings",
+    "Exported",
     "Found",
     "KVLoom",
     "KVLoomError",
@@ -79,6 +81,7 @@ _HOME = {
     "Diff": "diff",
     "Event": "explore.search",
     "ExploreSettings": "explore.plan",
+    "Exported": "bundles",
     "Found": "explore.search",
     "KVLoom": "loom",
     "KVLoomError": "errors",

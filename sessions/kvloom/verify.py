@@ -101,9 +101,9 @@ def verify(
         receipt, links, reads = _read_back(conn, session, ref)
     if not replay or receipt.damaged or not links:
         return receipt
-    from kvloom.branch import check_model
+    from kvloom.binding import check_model
 
-    check_model(session.settings, session.loom)
+    check_model(session)
     with session.loom.engine.lock:
         return _replayed(session, receipt, links, reads, cancel, progress)
 

@@ -280,6 +280,27 @@ def batches(plan: Sequence[ChunkSpec]) -> Iterator[list[ChunkSpec]]:
         yield batch
 
 
+def adopt(conn: sa.Connection, draft: Draft, manifest: Manifest) -> tuple[int, bool]:
+    """Put down the row of a segment whose chunks are made elsewhere and follow in this very transaction; one of equal
+    content is taken instead. Its row id, and whether it is new."""
+    order = {kind: place for place, kind in enumerate((*STORED_BY_ROW, LayerKind.KEYFRAME))}
+    as_cut = sorted(manifest.chunks, key=lambda spec: (order[spec.kind], spec.position, spec.layer))
+    content = content_digest(draft, as_cut)
+    same = _find_same(conn, draft, content)
+    if same is not None:
+        return same, False
+    new = _insert_incomplete(conn, draft, content)
+    row = conn.execute(sa.select(segment).where(segment.c.id == new)).one()
+    sizes = {"raw_bytes": manifest.raw_bytes, "stored_bytes": manifest.stored_bytes}
+    update(conn, segment, checked(segment, row), manifest=pack(manifest), complete=1, **sizes)
+    return new, True
+
+
+def add_chunk(conn: sa.Connection, segment_id: int, spec: ChunkSpec, stored: bytes) -> None:
+    """A chunk of a segment."""
+    conn.execute(chunk.insert(), chunk_row(segment_id, spec, stored))
+
+
 def delete(conn: sa.Connection, ids: list[int]) -> None:
     """Take segments and their chunks away (whoever calls has made sure that nothing stands on them)."""
     conn.execute(chunk.delete().where(chunk.c.segment.in_(ids)))

@@ -103,14 +103,16 @@ def add_turn(
     finish_reason: str | None = None,
     settings: Mapping[str, Any] | None = None,
     timings: Mapping[str, Any] | None = None,
+    public_id: bytes | None = None,
+    created: int | None = None,
 ) -> Turn:
-    """Add a turn below ``parent`` (inside a write transaction)."""
+    """Add a turn below ``parent`` (inside a write transaction); one that was said elsewhere keeps its id and time."""
     packed = msgpack.packb(dict(message))
     if len(packed) > limits.MAX_TURN_BYTES:
         raise LimitExceeded("message", len(packed), limits.MAX_TURN_BYTES)
     values = {
         "id": allocate(conn, turn),
-        "public_id": secrets.token_bytes(16),
+        "public_id": secrets.token_bytes(16) if public_id is None else public_id,
         "session": session,
         "parent": parent.row if parent else None,
         "role": message["role"],
@@ -120,7 +122,7 @@ def add_turn(
         "settings": msgpack.packb(dict(settings or {})),
         "timings": msgpack.packb(dict(timings or {})),
         "digest": chained_digest(parent.digest if parent else b"", message),
-        "created": now_us(),
+        "created": now_us() if created is None else created,
     }
     insert(conn, turn, values)
     made = _turn(values)
@@ -144,6 +146,19 @@ def _turn(values: Mapping[str, Any]) -> Turn:
         values["digest"],
         values["created"],
     )
+
+
+def by_id(conn: sa.Connection, public_id: bytes) -> Turn | None:
+    """The turn of that id, in whichever session."""
+    found = conn.execute(sa.select(turn).where(turn.c.public_id == public_id)).one_or_none()
+    return None if found is None else _turn(checked(turn, found))
+
+
+def alike(conn: sa.Connection, session: int, parent: int | None, digest: bytes) -> list[Turn]:
+    """The turns of a session below the same parent that say the same, oldest first."""
+    below = turn.c.parent.is_(None) if parent is None else turn.c.parent == parent
+    query = sa.select(turn).where(turn.c.digest == digest, turn.c.session == session, below).order_by(turn.c.id)
+    return [_turn(checked(turn, row)) for row in conn.execute(query)]
 
 
 def get(conn: sa.Connection, row: int) -> Turn:

@@ -31,6 +31,7 @@ from kvloom.cli import (
     search,
     show,
     talk,
+    transfer,
     tree,
     verify,
     warm,
@@ -50,6 +51,7 @@ _SECTIONS = {
     "Branch": [manage.fork, edit.edit, compact.compact, manage.tag, manage.rename, manage.rm],
     "Explore": [sample.sample, explore.explore],
     "State": [warm.warm, fsck.fsck, verify.verify],
+    "Move": [transfer.export, transfer.import_],
     "Look": [
         *(browse.browse, show.ls, show.branches, show.log, tree.tree, show.show),
         *(search.search, diff.diff, why.why, about.stats, cost.cost),

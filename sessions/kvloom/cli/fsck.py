@@ -159,12 +159,12 @@ def _recompute(options: Options, planned: Plan, told: Callable[[str], None], sto
             with reading(options) as reader:
                 _forget(reader, each.segments, told)
             continue
-        from kvloom.branch import check_model
+        from kvloom.binding import check_model
         from kvloom.engine import Cancelled
 
         try:
             with with_model(options, each.session) as (session, bars):
-                check_model(session.settings, session.loom)
+                check_model(session)
                 recompute(session.loom, each.segments, told=told, cancel=stopped.cancel, progress=bars.passes)
         except (EngineError, SessionError) as error:
             warn(f"{count} of {clean(each.session)} wait for the model {clean(each.model)}: {error}")
