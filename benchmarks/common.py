@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import sqlite3
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -101,3 +103,30 @@ def timed(action: Callable[..., Any], *given: Any) -> tuple[float, Any]:
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Minimum, median and maximum."""
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns for a terminal: the first one to the left, numbers to the right, nothing for None."""
+    cells = [list(head), *([_cell(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) if number else cell.ljust(width) for number, (cell, width) in enumerate(zipped))
+        for zipped in (list(zip(row, widths, strict=True)) for row in cells)
+    )
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def main(measure: Callable[[bool], dict[str, Any]], show: Callable[[dict[str, Any]], str]) -> None:
+    """``python -m benchmarks.NAME [quick] [json]``: one measurement as a table, or all that it found."""
+    found = measure("quick" in sys.argv[1:])
+    if "json" in sys.argv[1:]:
+        print(json.dumps(found, indent=2))
+        return
+    here = found["machine"]
+    print(f"{here['processor']}, {here['cores']} cores, {here['memory_gb']} GB, load {here['load'][0]} when it began")
+    print(show(found))

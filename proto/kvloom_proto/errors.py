@@ -2,6 +2,7 @@
 
     KVLoomError                     catch-all; carries .hint (what to do next) and .exit_code
       FormatError          exit 10  bytes that are not what they should be
+        NotABundle                  a file that is neither a bundle nor another conversation
         Truncated                   fewer bytes than announced
         LimitExceeded               a length or count over its named limit
         UnsupportedVersion          written by a newer kvloom
@@ -13,6 +14,10 @@ The store adds StoreError (exit 20), the engine EngineError (30), conversations 
 """
 
 from __future__ import annotations
+
+from typing import Self
+
+from kvloom_proto.codecs import LOSSLESS
 
 
 class KVLoomError(Exception):
@@ -26,13 +31,28 @@ class KVLoomError(Exception):
 
 
 class FormatError(KVLoomError):
-    """Bytes that do not follow FORMAT.md. ``field`` names the part that is wrong."""
+    """Bytes that do not follow FORMAT.md. ``field`` names the part that is wrong, ``offset`` the byte of the file at
+    which its record begins, where there is a file."""
 
     exit_code = 10
 
     def __init__(self, message: str, *, field: str = "", hint: str = "") -> None:
         super().__init__(message, hint=hint)
         self.field = field
+        self.offset: int | None = None
+
+    def at(self, offset: int) -> Self:
+        """The same error, found in the record that begins at this byte of a file."""
+        self.offset = offset if self.offset is None else self.offset
+        return self
+
+    def __str__(self) -> str:
+        told = super().__str__()
+        return told if self.offset is None else f"{told} ({self.field or 'record'}, at byte {self.offset})"
+
+
+class NotABundle(FormatError):
+    """A file that is neither a bundle nor anything else a conversation can be read from."""
 
 
 class Truncated(FormatError):
@@ -65,7 +85,11 @@ class UnknownCodec(FormatError):
     """A chunk names a codec this kvloom does not have."""
 
     def __init__(self, codec: str) -> None:
-        super().__init__(f"unknown codec {codec!r}", field="codec", hint="upgrade kvloom")
+        super().__init__(
+            f"unknown codec {codec!r}",
+            field="codec",
+            hint=f"this kvloom has {', '.join(LOSSLESS)}; a newer one may have more",
+        )
         self.codec = codec
 
 

@@ -39,6 +39,24 @@ MAX_TURN_BYTES = 64 << 20
 MAX_VOCABULARY = 1 << 31
 """Token ids are below this: they are stored as 32-bit unsigned integers."""
 
+MAX_SETTINGS_BYTES = 16 << 20
+"""Settings of a session or a turn, or the fields of a model, as MessagePack."""
+
+MAX_DEPTH = 32
+"""Lists and mappings within one another in a MessagePack value of a bundle."""
+
+MAX_HIDDEN_BYTES = 4 << 20
+"""A final hidden state."""
+
+MAX_RECORD_BYTES = (256 << 20) + 4096
+"""One record of a bundle: a chunk, or a message with its settings."""
+
+MAX_BUNDLE_RECORDS = 1 << 18
+"""Records of one kind in a bundle, chunks aside."""
+
+MAX_BUNDLE_TOKENS = 1 << 26
+"""Tokens of all nodes of a bundle."""
+
 CHUNK_TOKENS = 256
 """Chunks are cut at absolute multiples of this many tokens."""
 

@@ -11,6 +11,7 @@ import enum
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 from google.protobuf.message import Message
 
@@ -43,7 +44,7 @@ class LayerKind(enum.IntEnum):
     BLOCKS = 7
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TensorSpec:
     """One tensor of a layer; ``shape`` leaves out the batch (always 1) and the token dimension."""
 
@@ -52,13 +53,13 @@ class TensorSpec:
     shape: tuple[int, ...]
     token_axis: int
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes of one token's row."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LayerSpec:
     """``count`` layers in a row, from ``index`` on, that are alike.
 
@@ -73,7 +74,7 @@ class LayerSpec:
     shares: int = 0
     block: int = 0
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes of one row of one of these layers; of a keyframe, all its bytes."""
         return sum(tensor.row_bytes for tensor in self.tensors)
@@ -200,10 +201,11 @@ def covered(layers: list[LayerSpec], chunk: ChunkSpec) -> list[int]:
 
 def chunk_raw_bytes(layers: list[LayerSpec], chunk: ChunkSpec) -> int:
     """Raw bytes of a chunk."""
-    if chunk.kind == LayerKind.KEYFRAME:
-        return sum(layers[n].row_bytes for n in covered(layers, chunk))
-    end = chunk.position + chunk.tokens
-    return sum(layers[n].row_bytes * layers[n].rows_between(chunk.position, end) for n in covered(layers, chunk))
+    here = covered(layers, chunk)
+    if chunk.kind == LayerKind.BLOCKS:
+        end = chunk.position + chunk.tokens
+        return sum(layers[n].row_bytes * layers[n].rows_between(chunk.position, end) for n in here)
+    return sum(layers[n].row_bytes for n in here) * (1 if chunk.kind == LayerKind.KEYFRAME else chunk.tokens)
 
 
 def pack(record: Manifest | Schedule | Provenance) -> bytes:
@@ -287,17 +289,24 @@ def read_manifest(data: bytes) -> Manifest:
         raise FormatError("a manifest must cover at least one position", field="manifest.end")
     if message.chunk_tokens == 0 or message.chunk_tokens % 16:
         raise FormatError("chunk_tokens must be a multiple of 16", field="manifest.chunk_tokens")
-    layers = tuple(_read_layer(layer) for layer in message.layers)
+    layers = _read_layers(tuple(layer.SerializeToString(deterministic=True) for layer in message.layers))
+    chunks = tuple(_read_chunk(chunk) for chunk in message.chunks)
+    manifest = Manifest(message.start, message.end, message.chunk_tokens, layers, chunks)
+    _check_covered_once(manifest)
+    return manifest
+
+
+@lru_cache(maxsize=16)
+def _read_layers(packed: tuple[bytes, ...]) -> tuple[LayerSpec, ...]:
+    """Runs of layers, read and checked once: hundreds of small segments of a path all say the same of them."""
+    layers = tuple(_read_layer(pb.LayerSpec.FromString(each)) for each in packed)
     index = 0
     for layer in layers:
         if layer.index != index or layer.count == 0:
             raise FormatError("layers must follow one another without a hole", field="manifest.layers")
         index += layer.count
         check_limit("manifest.layers", index, limits.MAX_LAYERS)
-    chunks = tuple(_read_chunk(chunk) for chunk in message.chunks)
-    manifest = Manifest(message.start, message.end, message.chunk_tokens, layers, chunks)
-    _check_covered_once(manifest)
-    return manifest
+    return layers
 
 
 def _read_layer(message: pb.LayerSpec) -> LayerSpec:
@@ -378,17 +387,21 @@ def _check_covered_once(manifest: Manifest) -> None:
         elif chunk.tokens or not manifest.start <= chunk.position <= manifest.end:
             raise FormatError("a keyframe lies outside its segment", field="chunk.position")
         here = covered(layers, chunk)
-        if not here or any((chunk.position, n) in frames or reach.get(n, 0) > chunk.position for n in here):
-            raise FormatError("state is stored twice, or for no layer", field="chunk.layer")
         if chunk.kind == LayerKind.KEYFRAME:
-            frames.update((chunk.position, n) for n in here)
-        elif any(reach[n] < chunk.position for n in here):
-            raise FormatError("the chunks do not cover every row", field="manifest.chunks")
+            held = {(chunk.position, n) for n in here}
+            twice = not frames.isdisjoint(held)
+            frames |= held
         else:
-            reach.update((n, chunk.position + chunk.tokens) for n in here)
+            upto = {reach[n] for n in here}
+            twice = max(upto, default=0) > chunk.position
+            if min(upto, default=chunk.position) < chunk.position:
+                raise FormatError("the chunks do not cover every row", field="manifest.chunks")
+            reach.update(dict.fromkeys(here, chunk.position + chunk.tokens))
+        if not here or twice:
+            raise FormatError("state is stored twice, or for no layer", field="chunk.layer")
         if chunk.raw_length != chunk_raw_bytes(layers, chunk):
             raise FormatError("a chunk's length is not that of its state", field="chunk.raw_length")
-    if any(upto != manifest.end for upto in reach.values()):
+    if set(reach.values()) - {manifest.end}:
         raise FormatError("the chunks do not cover every row", field="manifest.chunks")
     if len(frames) != sum(spec.kind == LayerKind.KEYFRAME for spec in layers) * len(manifest.keyframes):
         raise FormatError("a keyframe lacks some of its layers", field="manifest.chunks")

@@ -19,6 +19,7 @@ from kvloom._version import __version__
 
 if TYPE_CHECKING:
     from kvloom.branch import Branch
+    from kvloom.bundles import Exported
     from kvloom.choices import Choice, Option
     from kvloom.diff import Diff
     from kvloom.engine import TransformersEngine
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from kvloom.scores import TokenScore
     from kvloom.session import Session, TreeTurn
     from kvloom.template import ChatTemplate
+    from kvloom.verify import Receipt
     from kvloom.why import Why
 
 __all__ = [
@@ -44,12 +46,14 @@ __all__ = [
     "Diff",
     "Event",
     "ExploreSettings",
+    "Exported",
     "Found",
     "KVLoom",
     "KVLoomError",
     "Node",
     "Option",
     "PlannedBranch",
+    "Receipt",
     "Reply",
     "Restored",
     "Sample",
@@ -77,12 +81,14 @@ _HOME = {
     "Diff": "diff",
     "Event": "explore.search",
     "ExploreSettings": "explore.plan",
+    "Exported": "bundles",
     "Found": "explore.search",
     "KVLoom": "loom",
     "KVLoomError": "errors",
     "Node": "explore.search",
     "Option": "choices",
     "PlannedBranch": "planned",
+    "Receipt": "verify",
     "Reply": "report",
     "Restored": "report",
     "Sample": "sample",

@@ -8,8 +8,9 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from kvloom.binding import check_model
 from kvloom.choices import Choice, check_texts
-from kvloom.errors import InvalidText, ModelMismatch, NothingToDo, RefNotFound, SessionError
+from kvloom.errors import InvalidText, NothingToDo, RefNotFound, SessionError
 from kvloom.path import merged, path_to, tip_of
 from kvloom.plaintext import check_unicode
 from kvloom.sampling import SamplingSettings, check_siblings
@@ -210,7 +211,7 @@ class Branch:
         from kvloom.choosing import more, replies, score_at
 
         check_texts(texts)
-        path, states = self._path()
+        path, states = self._written(cancel, progress)
         parent, tip = self._unfinished(path, states)
         ids, engine = self._ids_to(tip), self._loom.engine
         if parent.role == "assistant":
@@ -232,7 +233,7 @@ class Branch:
         Raises:
             NothingToDo: the reply is complete, or nothing was said yet.
         """
-        parent, tip = self._unfinished(*self._path())
+        parent, tip = self._unfinished(*self._written(cancel, progress))
         options = self._options(True, False, cancel, progress)
         continues = parent.role == "assistant"
         return self._go_on(parent, tip, self._chosen(settings, sampling), options, continues=continues)
@@ -250,7 +251,7 @@ class Branch:
         Raises:
             NothingToDo: there is no message to reply to.
         """
-        path, states = self._path()
+        path, states = self._written(cancel, progress)
         while path and path[-1].role == "assistant":
             path.pop()
         parent, tip = tip_of(path, states)
@@ -313,7 +314,7 @@ class Branch:
     def _path(self) -> tuple[list[Turn], dict[int, TurnState]]:
         """The turns down to the branch as it stands now, and what this model made of them."""
         self._loom.prefetch(self.session.name, self.name)
-        check_model(self.session.settings, self._loom)
+        check_model(self.session)
         root = self._loom.root
         with self._loom.database.read() as conn:
             point = refs.resolve(conn, Ref(self.session.name, self.name, 0))
@@ -321,6 +322,16 @@ class Branch:
                 raise RefNotFound("branch", self.name)
             self._row = point.branch
             return path_to(conn, point.turn, root)
+
+    def _written(
+        self, cancel: threading.Event | None, progress: Progress | None
+    ) -> tuple[list[Turn], dict[int, TurnState]]:
+        """The path, whose last turns have tokens: text that was imported is written by the template, and run, first."""
+        path, states = self._path()
+        if path and path[-1].role != "system" and path[-1].row not in states:
+            self.session.warm(self.name, cancel=cancel, progress=progress)
+            path, states = self._path()
+        return path, states
 
     def _prompt(self, text: str) -> tuple[Turn | None, TurnState | None, Prompt, list[dict[str, Any]]]:
         """Where a text is said, what the model is to see, and the messages up to it. Raises what ``stream`` does."""
@@ -413,7 +424,7 @@ class Branch:
             parent, tip, prompt, messages = self._prompt(text)
             made = self._run(parent, tip, prompt.ids, prompt.kept, messages[-1], settings, options, run=run)
         else:
-            path, states = self._path()
+            path, states = self._written(options.cancel, options.progress)
             if self._is_complete(*tip_of(path, states)):
                 while path and path[-1].role == "assistant":
                     path.pop()
@@ -463,23 +474,6 @@ def _keep(conn: sa.Connection, branch: BranchRow, to: int | None) -> str | None:
     if branch.turn is None or branch.turn in named:
         return None
     return refs.add_branch(conn, branch.session, refs.free_name(conn, branch.session, branch.name), branch.turn).name
-
-
-def check_model(settings: Mapping[str, Any], loom: KVLoom) -> None:
-    """Refuse to go on with a session under a model that is not its own.
-
-    Raises:
-        ModelMismatch: with the first field that differs.
-    """
-    from kvloom.identity import differences
-
-    live = loom.engine.identity()
-    found = differences(settings["model_fields"], live.fields)
-    if found:
-        # With another dtype the weights differ too; what the user can change is named.
-        raise ModelMismatch(*next((row for row in found if row[0] == "dtype"), found[0]))
-    if settings["tokenizer"] != live.tokenizer:
-        raise ModelMismatch("tokenizer", settings["tokenizer"][:16], live.tokenizer[:16])
 
 
 def _settings(settings: SamplingSettings | None, sampling: Mapping[str, Any]) -> SamplingSettings:

@@ -128,6 +128,10 @@ class Commits:
                 stands = Standing(Handle(tip.segment, tip.row), tip.state_end)
             base, hidden = (stands.handle, stands.hidden) if stands else (None, None)
             state_start = state_end = stands.end if stands else 0
+        base_state = base.state if base else None
+        if base is not None and base_state is None and base.segment is not None:
+            owner = turns.owner_of(conn, base.segment, state_start)
+            base_state = owner.row if owner else None
         ids, start, new = addition.ids, addition.start, addition.new
         known = tip.position if tip is not None and start >= tip.end else None
         position = trie.extend(conn, root, ids, start_at=known)
@@ -141,7 +145,7 @@ class Commits:
             position,
             state_start=state_start,
             state_end=state_end,
-            base_state=base.state if base else None,
+            base_state=base_state,
             base_segment=base.segment if base else None,
             schedule=addition.passes,
             provenance=segments.add_provenance(conn, loom.engine.provenance()),

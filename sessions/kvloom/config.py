@@ -1,4 +1,4 @@
-"""What a user chose once: the default model, dtype, codec and keyframe spacing, in a small TOML file.
+"""What a user chose once: the default model, dtype, device, codec and keyframe spacing, in a small TOML file.
 
 ``KVLOOM_CONFIG`` names another file, ``KVLOOM_MODEL`` another model. Only the command line reads these; the
 library is told what to use.
@@ -14,9 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvloom.errors import SessionError
+from kvloom_proto.codecs import SETTINGS
 
-DEFAULTS = {"model": "smollm2", "dtype": "auto", "codec": "raw", "keyframe_spacing": "256"}
-CHOICES = {"dtype": ("auto", "float32", "bfloat16"), "codec": ("raw", "planes-lz4", "auto")}
+DEFAULTS = {"model": "smollm2", "dtype": "auto", "device": "cpu", "codec": "raw", "keyframe_spacing": "256"}
+CHOICES = {
+    "dtype": ("auto", "float32", "bfloat16"),
+    "device": ("auto", "cpu", "cuda", "mps"),
+    "codec": SETTINGS,
+}
 MAX_BYTES = 1 << 20
 
 
@@ -26,6 +31,7 @@ class Config:
 
     model: str
     dtype: str
+    device: str
     codec: str
     keyframe_spacing: str
 

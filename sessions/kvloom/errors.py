@@ -1,11 +1,11 @@
 """Every error a user of kvloom can meet, in one tree.
 
 KVLoomError                 catch-all: .hint says what to do next, .exit_code is the command line's
-  FormatError      10       bytes: Truncated, LimitExceeded, UnsupportedVersion, UnknownCodec,
+  FormatError      10       bytes: NotABundle, Truncated, LimitExceeded, UnsupportedVersion, UnknownCodec,
                             ChecksumMismatch
   StoreError       20       database: NotAStore, StoreUnavailable, StoreLocked, SchemaTooNew,
                             CorruptRow, RefNotFound, RefExists, RefConflict, InvalidName,
-                            InvalidQuery
+                            InvalidQuery, AnotherSession
   EngineError      30       model: ModelNotFound, ModelMismatch, UnsupportedModel, UnsupportedInput,
                             ContextOverflow
   SessionError     40       use: InvalidText, NothingToDo, ReuseRequired, Closed
@@ -18,11 +18,13 @@ from kvloom_proto.errors import (
     FormatError,
     KVLoomError,
     LimitExceeded,
+    NotABundle,
     Truncated,
     UnknownCodec,
     UnsupportedVersion,
 )
 from kvloom_store.errors import (
+    AnotherSession,
     CorruptRow,
     InvalidName,
     InvalidQuery,
@@ -37,6 +39,7 @@ from kvloom_store.errors import (
 )
 
 __all__ = [
+    "AnotherSession",
     "ChecksumMismatch",
     "Closed",
     "ContextOverflow",
@@ -50,6 +53,7 @@ __all__ = [
     "LimitExceeded",
     "ModelMismatch",
     "ModelNotFound",
+    "NotABundle",
     "NotAStore",
     "NothingToDo",
     "RefConflict",

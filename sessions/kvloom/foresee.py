@@ -17,6 +17,7 @@ from kvloom.path import merged
 from kvloom.plaintext import check_unicode
 from kvloom.template import ChatTemplate, Message, common, extend
 from kvloom.tokens import text_of
+from kvloom.transcripts import checked
 from kvloom.why import Asked, Finding, Foreseen, Stored, StoredTurn, Wait, Why, compare, plain
 from kvloom_store import outlook, rates, refs, roots, spans, trie, turns
 from kvloom_store.names import Ref
@@ -84,7 +85,7 @@ def of_messages(
     clock: str | None = None,
 ) -> Why:
     """What asking for a whole list of messages would reuse; see ``Session.why``."""
-    asked = [_checked(message) for message in messages]
+    asked = [plain(checked(message)) for message in messages]
     if not asked:
         raise InvalidText("there are no messages", hint='give a list such as [{"role": "user", "content": "..."}]')
     loom = session.loom
@@ -267,19 +268,6 @@ def _cut(conn: sa.Connection, model: KnownModel, turn: Turn, state: TurnState, t
 
 
 # --- what is asked ---
-
-
-def _checked(message: Mapping[str, Any]) -> Message:
-    """A message as templates take it: its text in one piece."""
-    content = message.get("content")
-    parts = content if isinstance(content, list) else []
-    if not isinstance(message.get("role"), str) or not isinstance(content, str | list | None):
-        raise InvalidText(f"not a message: {str(message)[:80]}", hint='a message is {"role": "user", "content": "..."}')
-    if any(not isinstance(part, Mapping) or not isinstance(part.get("text"), str) for part in parts):
-        raise InvalidText("a message holds what is not text", hint="kvloom keeps conversations of text only")
-    checked = plain(message)
-    check_unicode(str(checked["content"]))
-    return checked
 
 
 def _whole(template: ChatTemplate, model: KnownModel, messages: Sequence[Message]) -> tuple[int, ...]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from kvloom.errors import Closed, EngineError, RefExists
+from kvloom.errors import Closed, EngineError, NothingToDo, RefExists
 from kvloom.session import Session
+from kvloom_proto.codecs import AUTO, SETTINGS
+from kvloom_proto.errors import UnknownCodec
 from kvloom_store import names, refs, turns
 from kvloom_store.database import Database, default_path
 
@@ -23,10 +25,12 @@ if TYPE_CHECKING:
     from kvloom.models import Progress
     from kvloom.prefetch import Prefetch
     from kvloom.resume import Resumer
+    from kvloom_store.bundle_in import Imported
+    from kvloom_store.fsck import Report
     from kvloom_store.search import Hits
     from kvloom_store.writer import Writer
 
-DEFAULT_CODEC = "auto"
+DEFAULT_CODEC = AUTO
 
 
 class KVLoom:
@@ -50,13 +54,17 @@ class KVLoom:
         """Open the store at ``path`` (default: ``KVLOOM_STORE``, else the platform's data folder).
 
         ``model`` is an alias, a folder, a .gguf file or a hub name, or an engine that holds a model already.
-        ``codec`` is how new state is stored: raw, planes-lz4, or auto (planes-lz4 where it helps).
+        ``device`` is where a model that is loaded runs: cpu, cuda, mps, or auto (an accelerator if there is one).
+        ``codec`` is how new state is stored: raw, lz4, zstd, or auto (whichever is worth it).
         ``keyframe_spacing``: of models that overwrite state in place (recurrent, SSM, convolution), a copy is kept at
         least every so many tokens (default 256): a restore at any token runs at most so many again.
 
         Raises:
+            UnknownCodec
             NotAStore, SchemaTooNew, StoreUnavailable, StoreLocked
         """
+        if codec not in SETTINGS:
+            raise UnknownCodec(codec)
         self.database = Database(Path(path) if path is not None else default_path(), must_exist=must_exist)
         self._codec = codec
         self._model = model
@@ -100,8 +108,10 @@ class KVLoom:
 
         Raises ModelNotFound, EngineError and its other kinds.
         """
-        from kvloom import known_model
+        from kvloom import binding, known_model
 
+        if not binding.is_bound(settings):
+            raise NothingToDo("this session is text alone, and has met no model yet", hint="kvloom say goes on with it")
         if self.has_engine:
             return known_model.of_engine(self.engine)
         name, dtype = (self._model, self._dtype) if self._model is not None else (settings["model"], settings["dtype"])
@@ -143,7 +153,8 @@ class KVLoom:
         """Begin to read a branch's state, if the model is still to be loaded: it is there when the model is."""
         from kvloom.prefetch import Prefetch
 
-        if isinstance(self._model, str) and "engine" not in self.__dict__ and self._prefetch is None:
+        to_load = isinstance(self._model, str) and "engine" not in self.__dict__
+        if to_load and self._device == "cpu" and self._prefetch is None:
             self._prefetch = Prefetch(self.database, session, branch)
 
     def session(
@@ -163,6 +174,8 @@ class KVLoom:
             RefExists: the session is there and has another system prompt, or another template or options for it.
             SessionError: the template is not valid Jinja, or larger than 1 MiB.
         """
+        from kvloom import binding
+
         with self.database.read() as conn:
             found = refs.find_session(conn, name)
         if found is None:
@@ -172,7 +185,10 @@ class KVLoom:
             first = next(iter(session.tree()), None)
             if first is None or first.role != "system" or first.text != system:
                 raise RefExists("session with another system prompt", name)
-        if self._template_differs(session, chat_template, template_options):
+        if not binding.is_bound(session.settings):
+            if chat_template is not None or template_options is not None:
+                binding.bind(session, chat_template, template_options)
+        elif self._template_differs(session, chat_template, template_options):
             raise RefExists("session with another chat template", name)
         return session
 
@@ -223,6 +239,60 @@ class KVLoom:
             search.rebuild(self.database)
         return search.search(self.database, text, session=session, role=role, limit=limit, newest=newest, raw=raw)
 
+    def fsck(self, *, quick: bool = False, progress: Callable[[int, int], None] | None = None) -> Report:
+        """Check everything in the store; nothing is changed. ``quick`` does not read stored state.
+
+        ``progress`` is told the bytes of state that were read, and those there are.
+        """
+        from kvloom_store import fsck
+
+        self.flush()
+        return fsck.check(self.database, blobs=not quick, progress=progress)
+
+    def repair(self, *, told: Callable[[str], None] = lambda _: None) -> Report:
+        """Repair what a check finds, computing state again with this model; what a check finds then.
+
+        ``told`` hears what was done, a line each. Raises StoreError, EngineError and their kinds.
+        """
+        from kvloom.repair import repair_all
+
+        return repair_all(self, told=told)
+
+    def import_bundle(
+        self,
+        file: BinaryIO,
+        name: str | None = None,
+        *,
+        text_only: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> Imported:
+        """Read a conversation that ``Session.export`` wrote, as session ``name`` (default: its own name).
+
+        What is here already is reused, and a bundle may be read again; whatever goes wrong, nothing has changed.
+        ``text_only`` leaves its state out: it is computed again when it is needed. ``progress`` is told the bytes read,
+        twice over.
+
+        Raises:
+            FormatError: it is not a bundle, or not whole; with the field, and the byte its record begins at.
+            AnotherSession: there is a session of that name, and it is another conversation.
+        """
+        from kvloom import bundles
+
+        return bundles.read(self, file, name, text_only=text_only, progress=progress)
+
+    def import_messages(self, name: str, branches: Mapping[str, Sequence[Mapping[str, Any]]]) -> Imported:
+        """Take in text: by branch, a list of messages (OpenAI's form). No model is needed before it is gone on with.
+
+        Messages with which several branches begin are one turn each; what is in session ``name`` already is reused.
+
+        Raises:
+            InvalidText: no messages, or some that are not text.
+            AnotherSession: there is a session of that name, and it begins otherwise.
+        """
+        from kvloom import transcripts
+
+        return transcripts.take_in(self, name, branches)
+
     def remove(self, name: str) -> None:
         """Take a session away, with the state that no other one shares. Raises RefNotFound."""
         from kvloom_store import removal
@@ -244,27 +314,14 @@ class KVLoom:
         return loop.capture(self, ids, cache)
 
     def _create(self, name: str, system: str | None, source: str | None, options: Mapping[str, Any] | None) -> Session:
-        from kvloom import template_file
+        from kvloom import binding, template_file
         from kvloom.plaintext import check_unicode
-        from kvloom.template import ChatTemplate
 
         names.check_name("session", name)
         check_unicode(system or "")
         if source is not None:
             template_file.check(source)  # before the model is loaded, which takes seconds
-        identity = self.engine.identity()
-        template = ChatTemplate.of(self.engine.tokenizer, source=source, options=options)
-        settings = {
-            "model": self.engine.name,
-            "model_digest": identity.digest.hex(),
-            "model_fields": dict(identity.fields),
-            "tokenizer": identity.tokenizer,
-            "dtype": self.engine.dtype,
-            "chat_template": template.source,
-            "template_digest": template.digest,
-            "template_options": dict(template.options),
-            "clock": template.clock,
-        }
+        settings = binding.settings_of(self, source, options)
         with self.database.write() as conn:
             row = refs.create_session(conn, name, settings)
             if system:

@@ -176,6 +176,17 @@ def pick_dtype(dtype: DType = "auto", device: str = "cpu") -> Literal["float32",
     return "bfloat16" if any(getattr(torch.cpu, check, bool)() for check in checks) else "float32"
 
 
+def pick_device(device: str = "auto") -> str:
+    """The device to run on: ``auto`` is an accelerator if torch sees one, else the CPU. Others are taken as given."""
+    if device != "auto":
+        return device
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def load(
     source: ModelSource, *, dtype: DType = "auto", device: str = "cpu", progress: Progress | None = None
 ) -> LoadedModel:
@@ -188,6 +199,8 @@ def load(
 
     Raises ModelNotFound (no such hub model, or no network), UnsupportedModel (an architecture
     transformers does not know, weights that are missing), EngineError (anything else), with a hint.
+
+    ``device`` is as for ``pick_device``.
     """
     report = progress or silent
     with gc_paused():
@@ -202,6 +215,7 @@ def load(
             import torch
             from transformers import AutoModelForCausalLM, AutoTokenizer
 
+            device = pick_device(device)
             chosen = pick_dtype(dtype, device)
             key = folder_key(folder, chosen)
             options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}

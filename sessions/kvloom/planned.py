@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kvloom.append import Append
-from kvloom.branch import Branch, check_model
+from kvloom.binding import check_model
+from kvloom.branch import Branch
 from kvloom.commit import Commits
 from kvloom.passes import KEYFRAME_SPACING
 from kvloom.path import merged, path_to, tip_of
@@ -38,7 +39,7 @@ class PlannedBranch:
         self.session = session
         self._loom = loom = session.loom
         self._like = like
-        check_model(session.settings, loom)
+        check_model(session)
         root = loom.root
         loom.flush()  # the cost must not depend on how far the writer has got
         with loom.database.read() as conn:

@@ -43,7 +43,7 @@ class Prefetch:
     def _run(self) -> None:
         try:
             self._load()
-        except KVLoomError:
+        except (KVLoomError, RuntimeError):  # RuntimeError: the program is ending, and starts no thread any more
             self._buffer = None
 
     def _load(self) -> None:

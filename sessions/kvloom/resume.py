@@ -138,6 +138,36 @@ class Resumer:
         if live.length > live.captured:
             live.chain.append(Link(Handle(state=state), live.captured, live.length))
 
+    def mend(self, segment: int, *, cancel: threading.Event | None = None, progress: Progress | None = None) -> bool:
+        """Run the recorded passes of a segment again, and put what is stored of it right.
+
+        False if they gave other bits than were stored: it is then marked so that nobody reads it any more.
+
+        Raises:
+            StateDamaged, CorruptRow: its own row is damaged, or what it stands on.
+            EngineError: its passes are not known, or it was stored in another layout.
+            Cancelled
+        """
+        live, account = self._live(0), Account()
+        self._flush(live, account)
+        with self.database.read() as conn:
+            link = restore.link_of(conn, segment)
+            ids = trie.tokens_before(conn, link.node, link.end)
+            recorded = segments.provenance_of(conn, link.provenance)
+        if link.schedule.unknown:
+            raise EngineError("this state was captured from another loop; its passes are not known")
+        if link.base_segment is None:
+            live.truncate(0)
+        else:
+            self._load(live, link.base_segment, link.start, account, cancel, progress)
+        live.keep_frame()
+        live.reserve(link.end)
+        self.engine.replay(live, ids, link.schedule, recorded, cancel=cancel, progress=progress)
+        done = self._heal(live, segment, link.node, link.schedule, link.provenance, None)
+        if not done:
+            live.truncate(live.captured)
+        return done
+
     def forget(self) -> None:
         """Drop the live state; the next resume starts from the store."""
         self.live = None
@@ -192,7 +222,7 @@ class Resumer:
             # The damage may have been further down, and is mended now.
             if damaged and state.segment is not None and self._loaded(live, state.segment, end, account):
                 continue
-            self._replay(live, state, damaged, cancel, progress)
+            self._replay(live, state, damaged, account, cancel, progress)
             account.replayed += state.state_end - state.state_start
             self._cut_back(live, end, account)
 
@@ -247,6 +277,7 @@ class Resumer:
         live: LiveState,
         tip: TurnState,
         damaged: bool,
+        account: Account,
         cancel: threading.Event | None,
         progress: Progress | None,
     ) -> None:
@@ -263,22 +294,33 @@ class Resumer:
         live.keep_frame()
         live.reserve(tip.state_end)
         self.engine.replay(live, ids[: tip.state_end], tip.schedule, recorded, cancel=cancel, progress=progress)
-        if not (damaged and tip.segment is not None and self._heal(live, tip, tip.segment)):
-            self.capture(live, tip.position, tip.schedule, tip.provenance, tip.row)
+        by = tip.provenance
+        if damaged and tip.segment is not None:
+            if self._heal(live, tip.segment, tip.position.node, tip.schedule, by, tip.row):
+                return
+            account.notices.append(
+                f"tokens {tip.state_start} to {tip.state_end} came out with other bits than were stored (another"
+                " processor or build, or other state below): they are kept as a fresh variant in the place of the old"
+            )
+            with self.database.write() as conn:
+                by = segments.add_provenance(conn, self.engine.provenance())
+        self.capture(live, tip.position, tip.schedule, by, tip.row)
 
-    def _heal(self, live: LiveState, tip: TurnState, segment: int) -> bool:
+    def _heal(
+        self, live: LiveState, segment: int, node: int, schedule: Schedule, provenance: int, state: int | None
+    ) -> bool:
         """Mend a damaged segment with what has just been run again; False if that has other bits."""
         live.keep_frame()
         base = live.chain[-1].handle.segment if live.chain else None
         start, end = live.captured, live.length
         frames = {position: frame for position, frame in live.frames.items() if start <= position <= end}
         new = tuple(sorted(position for position in frames if position not in live.stored))
-        draft = segments.Draft(tip.position.node, start, end, base, live.layers, tip.schedule, tip.provenance, new)
+        draft = segments.Draft(node, start, end, base, live.layers, schedule, provenance, new)
         source = Captured(live.source, frames)
         if not healing.heal(self.database, source, segment, draft, codec_name=self.writer.codec_name):
             return False
         live.take_captured()
-        live.chain.append(Link(Handle(segment, tip.row), start, end))
+        live.chain.append(Link(Handle(segment, state), start, end))
         return True
 
     def _load_or_empty(
@@ -330,16 +372,12 @@ class Resumer:
                 (link.manifest.keyframes for link in links if plan.rows and link.id == plan.rows[-1].segment), []
             )
             live.stored = {upto} & set(last)
-            with_state = {s.segment: s.row for s in turns.states_with_segments(conn, [r.segment for r in plan.rows])}
+            owner = turns.owner_of(conn, plan.rows[-1].segment, upto) if plan.rows else None
             ids = trie.tokens_before(conn, links[-1].node, links[-1].end) if plan.replay else []
             threads = {step.provenance: segments.provenance_of(conn, step.provenance).threads for step in plan.replay}
-        # The very handles in memory are kept: later segments may be waiting on them.
-        same = {link.handle.segment: link.handle for link in live.chain}
-        for handle in same.values():
-            handle.state = handle.state if handle.state is not None else with_state.get(handle.segment or 0)
-        live.chain = [
-            Link(same.get(r.segment) or Handle(r.segment, with_state.get(r.segment)), r.start, r.end) for r in plan.rows
-        ]
+        live.chain = [Link(Handle(read.segment), read.start, read.end) for read in plan.rows]
+        if owner is not None:
+            live.chain[-1].handle.state = owner.row
         if plan.replay:
             steps = [(step.start, step.end, threads[step.provenance]) for step in plan.replay]
             self.engine.bring_forward(live, ids, steps, cancel=cancel, progress=progress)

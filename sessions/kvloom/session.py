@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from kvloom.branch import Branch
 from kvloom.errors import NothingToDo, RefNotFound
@@ -21,6 +22,7 @@ from kvloom_store.turns import Turn
 if TYPE_CHECKING:
     import sqlalchemy as sa
 
+    from kvloom.bundles import Exported
     from kvloom.compact import Compaction
     from kvloom.cost import Prices, SessionCost
     from kvloom.engine import Progress
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from kvloom.report import Added
     from kvloom.template import ChatTemplate
     from kvloom.tokens import Decoder
+    from kvloom.verify import Receipt
     from kvloom.warm import Missing
     from kvloom.why import Why
 
@@ -77,6 +80,10 @@ class Session:
         """The session as the store has it."""
         return self._row
 
+    @row.setter
+    def row(self, row: SessionRow) -> None:
+        self._row = row
+
     @property
     def loom(self) -> KVLoom:
         """The store it is in."""
@@ -84,13 +91,17 @@ class Session:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What was fixed when the session began: model, dtype, chat template, its options and clock."""
+        """What was fixed when the session began: model, dtype, chat template, its options and clock; of text that was
+        imported and has met no model yet, empty texts."""
         return self._row.settings
 
     def template(self) -> ChatTemplate:
         """The session's own chat template, with the options and the clock it began with."""
+        from kvloom import binding
         from kvloom.template import ChatTemplate
 
+        if not binding.is_bound(self.settings):
+            binding.check_model(self)
         fixed = self.settings
         return ChatTemplate(fixed["chat_template"], fixed["template_options"], fixed["clock"])
 
@@ -216,6 +227,59 @@ class Session:
 
         ref = self.ref(at)
         return warm(self, self._loom.resolve(ref).turn, ref.point or MAIN, cancel=cancel, progress=progress)
+
+    def verify(
+        self,
+        at: str | None = None,
+        *,
+        replay: bool = False,
+        cancel: threading.Event | None = None,
+        progress: Progress | None = None,
+    ) -> Receipt:
+        """Read all stored state down to a ref back and check it; with ``replay``, compute it again and compare.
+
+        Without ``replay`` no model is needed. Raises CorruptRow where text or tokens are damaged, RefNotFound,
+        ModelMismatch, EngineError.
+        """
+        from kvloom.verify import verify
+
+        return verify(self, self.ref(at), replay=replay, cancel=cancel, progress=progress)
+
+    def export(
+        self,
+        file: str | Path | BinaryIO,
+        at: str | None = None,
+        *,
+        format: str = "protobuf",
+        text_only: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Exported:
+        """Write the whole tree, or the path to a ref, to a file as a bundle: text, tokens and state.
+
+        ``format`` is protobuf or msgpack; ``text_only`` leaves the state out. A path is written whole or not at all,
+        readable by its owner only; an open binary file is written to. ``progress`` is told bytes, and of how many.
+        ``KVLoom.import_bundle`` reads it.
+
+        Raises:
+            RefNotFound, NothingToDo (the ref is inside a turn), SessionError (it cannot be written)
+            StateDamaged, CorruptRow: what is stored is damaged.
+        """
+        from kvloom import bundles
+
+        with _file(file) as opened:
+            return bundles.write(self, opened, at, encoding=format, text_only=text_only, progress=progress)
+
+    def export_transcript(
+        self, file: str | Path | BinaryIO, at: str | None = None, *, format: str = "openai"
+    ) -> Exported:
+        """Write the messages down to a ref (None: main) as text: ``format`` is openai (JSON) or markdown.
+
+        Raises RefNotFound, SessionError.
+        """
+        from kvloom import transcripts
+
+        with _file(file) as opened:
+            return transcripts.write(self, opened, at, format)
 
     def cost(self, prices: Prices | None = None) -> SessionCost:
         """Tokens reused and computed so far, seconds saved, and what a hosted model would have charged."""
@@ -387,6 +451,13 @@ class Session:
             )
             for turn in shown
         ]
+
+
+def _file(file: str | Path | BinaryIO) -> AbstractContextManager[BinaryIO]:
+    """A file to write a conversation to, whole or not at all; one that is open already as it is."""
+    from kvloom.files import written_whole
+
+    return written_whole(Path(file)) if isinstance(file, str | Path) else nullcontext(file)
 
 
 def _span(conn: sa.Connection, point: refs.Point) -> Span:

@@ -92,7 +92,7 @@ class ChatTemplate:
             starts = tokenizer.bos_token and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
             source = ("{{- bos_token }}" if starts else "") + DEFAULT_TEMPLATE
         template = cls(source, dict(options or {}), clock or datetime.now().isoformat(timespec="seconds"))
-        _ = template.digest, template._now
+        template.checked_digest()
         return template
 
     @property
@@ -114,6 +114,11 @@ class ChatTemplate:
                 hint="use strings, numbers, booleans, lists and mappings with string keys",
             ) from error
         return hashlib.sha256(packed).hexdigest()
+
+    def checked_digest(self) -> str:
+        """The digest, of a template that comes from outside. Raises SessionError (its options, its clock)."""
+        _ = self._now
+        return self.digest
 
     @property
     def _now(self) -> datetime:

@@ -84,11 +84,11 @@ def warm(
         StoreError: it could not be stored.
     """
     from kvloom.append import Append
-    from kvloom.branch import check_model
+    from kvloom.binding import check_model
     from kvloom.commit import Commits
 
     began, loom = time.perf_counter(), session.loom
-    check_model(session.settings, loom)
+    check_model(session)
     root = loom.root
     loom.flush()
     with loom.database.read() as conn:

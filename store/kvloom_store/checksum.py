@@ -8,6 +8,7 @@ the segment's manifest, so that the large bytes are hashed once.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import msgpack
@@ -24,8 +25,12 @@ def digest(data: bytes | memoryview) -> bytes:
 
 def row_checksum(table: Table, values: Mapping[str, Any]) -> bytes:
     """The checksum of a row: ``values`` holds every column but ``checksum``; of a chunk, its blob's digest."""
-    covered = [table.name, *(values[column.name] for column in table.columns if column.name != "checksum")]
-    return digest(msgpack.packb(covered))
+    return digest(msgpack.packb([table.name, *[values[name] for name in _covered(table)]]))
+
+
+@cache
+def _covered(table: Table) -> list[str]:
+    return [column.name for column in table.columns if column.name != "checksum"]
 
 
 def sealed(table: Table, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -116,14 +116,15 @@ class Database:
             raise StoreUnavailable(f"{self.path} is read-only", hint="change its permissions")
         with (
             sqlite.translated(self.path),
-            self._turn_to_write(background),
+            self.queued(background),
             self.engine.connect().execution_options(kvloom_write=True) as conn,
             conn.begin(),
         ):
             yield conn
 
     @contextmanager
-    def _turn_to_write(self, background: bool) -> Iterator[None]:
+    def queued(self, background: bool) -> Iterator[None]:
+        """This process's place in the queue of those that write."""
         with self._writing:
             self._turns_waiting += not background
             self._writing.wait_for(lambda: not self._busy and not (background and self._turns_waiting))

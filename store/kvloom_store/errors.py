@@ -76,6 +76,18 @@ class RefExists(StoreError):
         self.name = name
 
 
+class AnotherSession(StoreError):
+    """A session of that name is there, and is another conversation than the one that is imported."""
+
+    def __init__(self, name: str, difference: str) -> None:
+        super().__init__(
+            f"session {name!r} is there already, and is another conversation: {difference}",
+            hint="import it under another name: --as NAME",
+        )
+        self.name = name
+        self.difference = difference
+
+
 class RefConflict(StoreError):
     """A branch moved while it was being used: another process said something on it."""
 

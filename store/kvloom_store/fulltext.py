@@ -8,6 +8,7 @@ turn, and built again from the turns wherever it is missing.
 
 from __future__ import annotations
 
+import itertools
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,9 +18,13 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DatabaseError, DBAPIError, OperationalError
 
 from kvloom_store import sqlite
+from kvloom_store.checksum import digest
 from kvloom_store.errors import InvalidQuery
 
 TABLE = "turn_text"
+
+COMPARED = 256
+"""Turns indexed at a time to compare the index with."""
 
 SNIPPET_WORDS = 24
 """Words of a turn shown around a match."""
@@ -157,6 +162,73 @@ def _snippet(text: str) -> Snippet:
             marks.append((at, at + len(part)))
         at += len(part)
     return Snippet("".join(parts), tuple(marks))
+
+
+def difference(conn: sa.Connection, texts: Iterable[tuple[int, str]]) -> str | None:
+    """In what the index differs from that of some turns (all that there are); None if it does not.
+
+    Every word of it is read and looked up. Memory: a few turns and their words at a time.
+    """
+    try:
+        conn.exec_driver_sql(f"CREATE VIRTUAL TABLE temp.indexed USING fts5vocab(main, {TABLE}, instance)")
+        conn.exec_driver_sql(f"CREATE VIRTUAL TABLE temp.counted USING fts5vocab(main, {TABLE}, row)")
+        try:
+            if _content(conn, "temp.indexed", TABLE) != _expected(texts):
+                return "it does not hold the words of the turns"
+            for term, count in conn.exec_driver_sql("SELECT term, doc FROM temp.counted"):
+                sql = f"SELECT count(*) FROM {TABLE} WHERE {TABLE} MATCH ?"
+                if conn.exec_driver_sql(sql, (f'"{term}"',)).scalar_one() != count:
+                    return f"turns with the word {term!r} are not found by it"
+        finally:
+            for name in ("indexed", "counted"):
+                conn.exec_driver_sql(f"DROP TABLE IF EXISTS temp.{name}")
+    except DBAPIError as error:
+        return str(error.orig)
+    return None
+
+
+def _expected(texts: Iterable[tuple[int, str]]) -> tuple[int, int, int]:
+    """What ``_content`` gives for an index of these turns."""
+    total = (0, 0, 0)
+    some: list[tuple[int, str]] = []
+    for each in itertools.chain(texts, [None]):
+        if each is not None:
+            some.append(each)
+        if some and (each is None or len(some) == COMPARED):
+            total = _plus(total, _content_of(some))
+            some = []
+    return total
+
+
+def _plus(a: tuple[int, int, int], b: tuple[int, int, int]) -> tuple[int, int, int]:
+    return (a[0] + b[0], a[1] + b[1], a[2] + b[2])
+
+
+def _content_of(texts: Iterable[tuple[int, str]]) -> tuple[int, int, int]:
+    engine = sa.create_engine("sqlite://")
+    try:
+        with engine.begin() as conn:
+            conn.exec_driver_sql(f"CREATE VIRTUAL TABLE {TABLE} USING fts5(text, content = '', {_WORDS})")
+            conn.exec_driver_sql(f"CREATE VIRTUAL TABLE indexed USING fts5vocab({TABLE}, instance)")
+            for row, text in texts:
+                _insert(conn, row, text)
+            return _content(conn, "indexed", TABLE)
+    finally:
+        engine.dispose()
+
+
+def _content(conn: sa.Connection, words: str, index: str) -> tuple[int, int, int]:
+    """What an index says, in any order: a sum over all places of words, one over the turns' lengths, their number."""
+    rows = conn.exec_driver_sql(f'SELECT term, doc, "offset" FROM {words}')
+    placed = sum(_number(f"{term}\0{doc}\0{place}".encode()) for term, doc, place in rows)
+    lengths, count = 0, 0
+    for row, size in conn.exec_driver_sql(f"SELECT id, sz FROM {index}_docsize"):
+        lengths, count = lengths + _number(b"%d\0%s" % (row, bytes(size))), count + 1
+    return placed, lengths, count
+
+
+def _number(data: bytes) -> int:
+    return int.from_bytes(digest(data))
 
 
 def _clean(text: str) -> str:

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from kvloom_proto import limits
 from kvloom_proto.errors import FormatError
 from kvloom_proto.records import Manifest, expand, pack, read_manifest
-from kvloom_store import checksum, codec, segments, trie
+from kvloom_store import checksum, segments, trie
 from kvloom_store.checksum import checked, digest, update
 from kvloom_store.database import Database, now_us
 from kvloom_store.errors import CorruptRow
@@ -38,7 +38,7 @@ def heal(database: Database, source: Captured, segment_id: int, draft: segments.
         if values["base_segment"] != draft.base_segment:  # what it stood on could not be mended
             update(conn, segment, values, complete=0)
             return False
-        layers = expand(manifest.layers)
+        layers, whole = expand(manifest.layers), []
         if set(manifest.keyframes) - set(source.frames):  # kept at another spacing
             update(conn, segment, values, complete=0)
             return False
@@ -47,14 +47,20 @@ def heal(database: Database, source: Captured, segment_id: int, draft: segments.
             if digest(raw) != spec.raw_digest:
                 update(conn, segment, values, complete=0)
                 return False
-            _, stored = codec.encode(raw, segments.item_bytes(layers, spec), spec.codec)
-            if digest(stored) != spec.stored_digest:  # another version of the compressor packs otherwise
-                update(conn, segment, values, complete=0)
-                return False
+            spec, stored = segments.encoded(raw, layers, spec, spec.codec)
+            whole.append(spec)
             row_now = segments.chunk_row(segment_id, spec, stored)
             key = [c == row_now[c.name] for c in chunk.primary_key.columns]
             conn.execute(chunk.delete().where(*key))
             conn.execute(chunk.insert(), row_now)
+        named = {(int(spec.kind), spec.layer, spec.position) for spec in manifest.chunks}
+        keys = (chunk.c.kind, chunk.c.layer, chunk.c.position)
+        for key_there in conn.execute(sa.select(*keys).where(chunk.c.segment == segment_id)).all():
+            if tuple(key_there) not in named:  # a damaged row may say that it is another one
+                stray = [column == cell for column, cell in zip(keys, key_there, strict=True)]
+                conn.execute(chunk.delete().where(chunk.c.segment == segment_id, *stray))
+        manifest = replace(manifest, chunks=tuple(whole))  # another version of a compressor may have packed otherwise
+        update(conn, segment, values, manifest=pack(manifest), stored_bytes=manifest.stored_bytes)
     return True
 
 
@@ -66,10 +72,7 @@ def _rewrite(
     conn.execute(chunk.delete().where(chunk.c.segment == segment_id))
     done = []
     for spec in segments.plan(source, draft):
-        name, stored = codec.encode(
-            segments.gather(source, layers, spec), segments.item_bytes(layers, spec), codec_name
-        )
-        spec = replace(spec, codec=name, stored_length=len(stored), stored_digest=digest(stored))
+        spec, stored = segments.encoded(segments.gather(source, layers, spec), layers, spec, codec_name)
         conn.execute(chunk.insert(), segments.chunk_row(segment_id, spec, stored))
         done.append(spec)
     manifest = Manifest(draft.start, draft.end, limits.CHUNK_TOKENS, draft.layers, tuple(done))

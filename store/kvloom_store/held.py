@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,9 @@ from kvloom_store.checksum import checked
 from kvloom_store.errors import CorruptRow
 from kvloom_store.schema import segment, turn_state
 from kvloom_store.trie import Match
+
+QUERY_NODES = 16
+"""Nodes asked for in one query. Most often the state that reaches furthest is in the first ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,32 +31,58 @@ def longest(conn: sa.Connection, match: Match, *, at_most: int, on: int | None =
     With ``on``, only state that goes on from position ``on_end`` of that segment counts: the same tokens
     computed otherwise have other bits, and a conversation never changes over to those.
     """
-    matched = {position.node: position.depth for position in match.path}
-    query = sa.select(segment).where(segment.c.node.in_(list(matched)), segment.c.complete == 1)
-    rows: dict[int, dict[str, Any]] = {}
-    for row in conn.execute(query.order_by(segment.c.id)):
-        try:
-            values = checked(segment, row)
-        except CorruptRow:
-            continue  # damaged state is as good as none: it is recomputed, and fsck names it
-        rows[values["id"]] = values
+    depth = {position.node: position.depth for position in match.path}
+    deepest, rows = list(reversed(match.path)), _Segments(conn)
     best: Held | None = None
-    for values in rows.values():
-        end = min(values["end"], matched[values["node"]], at_most)
-        if end <= values["start"] or (on is not None and not _stands_on(rows, values, on, on_end)):
-            continue
-        if best is None or end > best.end:
-            best = Held(values["id"], end)
+    for first in range(0, len(deepest), QUERY_NODES):  # from the end up: what is found there reaches furthest
+        if best is not None and min(deepest[first].depth, at_most) < best.end:
+            break
+        for values in rows.of_nodes([position.node for position in deepest[first : first + QUERY_NODES]]):
+            end = min(values["end"], depth[values["node"]], at_most)
+            if end <= values["start"] or (on is not None and not _stands_on(rows, values, on, on_end)):
+                continue
+            if best is None or (-end, values["id"]) < (-best.end, best.segment):
+                best = Held(values["id"], end)
     return best
 
 
-def _stands_on(rows: dict[int, dict[str, Any]], values: dict[str, Any], on: int, on_end: int) -> bool:
+class _Segments:
+    """Rows of complete segments, as they are asked for.
+
+    Damaged state is as good as none: it is recomputed, and fsck names it.
+    """
+
+    def __init__(self, conn: sa.Connection) -> None:
+        self._conn = conn
+        self._rows: dict[int, dict[str, Any]] = {}
+
+    def of_nodes(self, nodes: list[int]) -> list[dict[str, Any]]:
+        """Those whose last token is in one of these nodes."""
+        return self._read(segment.c.node.in_(nodes))
+
+    def get(self, row: int) -> dict[str, Any] | None:
+        """The one in a row, if it is there."""
+        if row not in self._rows:
+            self._read(segment.c.id == row)
+        return self._rows.get(row)
+
+    def _read(self, where: sa.ColumnElement[bool]) -> list[dict[str, Any]]:
+        found = []
+        for row in self._conn.execute(sa.select(segment).where(where, segment.c.complete == 1)):
+            with contextlib.suppress(CorruptRow):
+                found.append(checked(segment, row))
+        self._rows.update((values["id"], values) for values in found)
+        return found
+
+
+def _stands_on(rows: _Segments, values: dict[str, Any], on: int, on_end: int) -> bool:
     """Whether a segment's chain goes through position ``on_end`` of segment ``on``."""
-    while values["id"] != on:
-        if values["start"] < on_end or values["base_segment"] not in rows:
+    at: dict[str, Any] | None = values
+    while at is not None and at["id"] != on:
+        if at["start"] < on_end or at["base_segment"] is None:
             return False
-        values = rows[values["base_segment"]]
-    return True
+        at = rows.get(at["base_segment"])
+    return at is not None
 
 
 def hidden_at(conn: sa.Connection, found: Held) -> tuple[bytes, str] | None:

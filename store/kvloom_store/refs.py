@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -114,6 +115,12 @@ def rename_session(conn: sa.Connection, old: str, new: str) -> SessionRow:
     return _session(update(conn, session, values, name=new))
 
 
+def change_settings(conn: sa.Connection, row: int, settings: Mapping[str, Any]) -> SessionRow:
+    """A session with other settings."""
+    values = checked(session, conn.execute(sa.select(session).where(session.c.id == row)).one())
+    return _session(update(conn, session, values, settings=msgpack.packb(dict(settings))))
+
+
 def add_branch(conn: sa.Connection, session_row: int, name: str, at: int | None) -> Branch:
     """A new branch at a turn: one row, and no state. Raises RefExists, InvalidName."""
     check_free(conn, session_row, name)
@@ -146,6 +153,32 @@ def free_name(conn: sa.Connection, session_row: int, name: str, *, first: int = 
     return next(f"{name}-{n}" for n in itertools.count(first) if f"{name}-{n}" not in taken)
 
 
+def place_branch(conn: sa.Connection, session_row: int, name: str, at: int | None, *, begin: bool = False) -> str:
+    """Have a branch point at a turn, and move none: what it is called. It is ``name``, or, where that points
+    elsewhere, ``name`` with a number; one that does already is taken. ``begin``: one that is still empty is begun."""
+    there = {each.name: each for each in branches(conn, session_row)}
+    found = _placed(name, {each.name: each.turn for each in there.values()}, at)
+    if found is not None:
+        return found
+    if begin and name in there and there[name].turn is None:
+        return move_branch(conn, there[name].row, None, at).name
+    return add_branch(conn, session_row, free_name(conn, session_row, name, itself=True), at).name
+
+
+def place_tag(conn: sa.Connection, session_row: int, name: str, at: int) -> str:
+    """The same of a tag."""
+    found = _placed(name, tags(conn, session_row), at)
+    if found is None:
+        found = free_name(conn, session_row, name, itself=True)
+        add_tag(conn, session_row, found, at)
+    return found
+
+
+def _placed(name: str, there: Mapping[str, int | None], at: int | None) -> str | None:
+    numbered = re.compile(re.escape(name) + r"(-\d+)?")
+    return next((each for each, turn in there.items() if turn == at and numbered.fullmatch(each)), None)
+
+
 def add_tag(conn: sa.Connection, session_row: int, name: str, at: int) -> None:
     """A name that stays at a turn. Raises RefExists, InvalidName."""
     check_name("tag", name)
@@ -163,9 +196,21 @@ def _named(conn: sa.Connection, table: sa.Table, session_row: int, name: str) ->
 
 def branches(conn: sa.Connection, session_row: int) -> list[Branch]:
     """The branches of a session, oldest first."""
-    query = sa.select(branch).where(branch.c.session == session_row).order_by(branch.c.id)
-    rows = [checked(branch, row) for row in conn.execute(query)]
-    return [Branch(row["id"], row["session"], row["name"], row["turn"]) for row in rows]
+    return list(_branches(conn, sa.select(branch).where(branch.c.session == session_row)))
+
+
+def branches_by_session(conn: sa.Connection) -> dict[int, list[Branch]]:
+    """The branches of every session, oldest first, in one query."""
+    found: dict[int, list[Branch]] = {}
+    for each in _branches(conn, sa.select(branch)):
+        found.setdefault(each.session, []).append(each)
+    return found
+
+
+def _branches(conn: sa.Connection, query: sa.Select[Any]) -> Iterator[Branch]:
+    for row in conn.execute(query.order_by(branch.c.id)):
+        values = checked(branch, row)
+        yield Branch(values["id"], values["session"], values["name"], values["turn"])
 
 
 def tags(conn: sa.Connection, session_row: int) -> dict[str, int]:

@@ -1,21 +1,25 @@
 """How state comes back: the chain of segments, and the rows and keyframes that a plan names (``planner``).
 
 ``chain`` finds the segments that a segment stands on in one query; ``load`` reads the chunks in the order they lie in
-the file (segment, kind, layer, position), checks each one and copies its rows straight to their place.
+the file (segment, kind, layer, position), checks each one and copies its rows straight to their place. What is packed
+is unpacked on other threads, while the next blobs are read.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
 import sqlalchemy as sa
 
+from kvloom_proto.codecs import RAW
 from kvloom_proto.errors import ChecksumMismatch, FormatError
 from kvloom_proto.records import (
-    ITEM_BYTES,
     STORED_BY_ROW,
     ChunkSpec,
     LayerKind,
@@ -31,9 +35,13 @@ from kvloom_store.errors import CorruptRow
 from kvloom_store.planner import Keyframe, Link, Read, StateDamaged
 from kvloom_store.rows import Frame, Rows, RowSource, element_type, shape_with
 from kvloom_store.schema import chunk, segment
+from kvloom_store.segments import item_bytes
 
 QUERY_SEGMENTS = 500
 """Segments asked for in one query: databases bound the number of parameters."""
+
+DECODERS = min(os.cpu_count() or 1, 4)
+"""Threads that unpack, and chunks that wait for one: each holds its packed and its raw bytes."""
 
 
 _Wanted = dict[tuple[int, int, int], tuple[Read, Manifest, ChunkSpec]]
@@ -66,21 +74,45 @@ def chain(conn: sa.Connection, segment_id: int) -> list[Link]:
         if not values or not values["complete"] or (links and values["end"] < links[-1].start):
             raise StateDamaged(f"segment {at} of the chain is missing or incomplete", 0)
         at = values["base_segment"]
-        links.append(
-            Link(
-                values["id"],
-                values["node"],
-                values["start"],
-                values["end"],
-                at,
-                values["provenance"],
-                values["manifest"],
-                values["schedule"],
-            )
-        )
+        links.append(_link(values))
     if links[-1].start != 0:
         raise StateDamaged("the chain does not reach back to the first token", 0)
     return links[::-1]
+
+
+def _link(values: Mapping[str, Any]) -> Link:
+    names = ("id", "node", "start", "end", "base_segment", "provenance", "manifest", "schedule")
+    return Link(*(values[name] for name in names))
+
+
+def link_of(conn: sa.Connection, segment_id: int) -> Link:
+    """One segment, complete or not. Raises CorruptRow."""
+    row = conn.execute(sa.select(segment).where(segment.c.id == segment_id)).one_or_none()
+    if row is None:
+        raise CorruptRow("segment", (segment_id,))
+    return _link(checked(segment, row))
+
+
+def read_back(conn: sa.Connection, link: Link, upto: int) -> Iterator[tuple[ChunkSpec, codec.Buffer]]:
+    """Every chunk of a segment that holds state before position ``upto``, or at it, checked: its raw bytes, one at a
+    time.
+
+    Raises:
+        StateDamaged: a chunk is missing or not what was written.
+    """
+    layers = expand(link.manifest.layers)
+    for spec in link.manifest.chunks:
+        if spec.position >= upto and not (spec.tokens == 0 and spec.position == upto):
+            continue
+        key = (chunk.c.segment == link.id) & (chunk.c.kind == int(spec.kind)) & (chunk.c.layer == spec.layer)
+        row = conn.execute(sa.select(chunk).where(key, chunk.c.position == spec.position)).one_or_none()
+        if row is None:
+            raise StateDamaged(f"chunk {spec.layer} at {spec.position} of segment {link.id} is missing", link.start)
+        try:
+            raw = checked_raw(dict(row._mapping), layers, link.id, spec)
+        except FormatError as error:
+            raise StateDamaged(str(error), link.start) from error
+        yield spec, raw
 
 
 def load(
@@ -114,23 +146,35 @@ def _load_wanted(
     sink: RowSink,
 ) -> int:
     total, intact = 0, min(read.start for read in reads)
-    for values in _blobs(conn, kind, reads, wanted):
-        found = wanted.pop((values["segment"], values["layer"], values["position"]), None)
-        if found is None:
-            continue
-        read, manifest, spec = found
+    pending: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(DECODERS, "kvloom-decode") as pool:  # it starts no thread before there is work for one
         try:
-            layers = expand(manifest.layers)
-            raw = _checked_raw(values, layers, read.segment, spec)
-            _scatter(
-                raw, layers, spec, max(spec.position, read.start), min(spec.position + spec.tokens, read.end), sink
-            )
+            for values in _blobs(conn, kind, reads, wanted):
+                found = wanted.pop((values["segment"], values["layer"], values["position"]), None)
+                if found is None:
+                    continue
+                read, manifest, spec = found
+                total += spec.stored_length
+                if spec.codec == RAW:  # checking and one copy: handing it over would cost as much
+                    _put(values, read, manifest, spec, sink)
+                    continue
+                pending.append(pool.submit(_put, values, read, manifest, spec, sink))
+                if len(pending) > DECODERS:
+                    pending.popleft().result()
+            for each in pending:
+                each.result()
         except FormatError as error:
             raise StateDamaged(str(error), intact) from error
-        total += spec.stored_length
     if wanted:
         raise StateDamaged(f"{len(wanted)} chunks are missing", intact)
     return total
+
+
+def _put(values: dict[str, Any], read: Read, manifest: Manifest, spec: ChunkSpec, sink: RowSink) -> None:
+    """Check a chunk, and copy the rows of a read to their place. Raises FormatError."""
+    layers = expand(manifest.layers)
+    raw = checked_raw(values, layers, read.segment, spec)
+    _scatter(raw, layers, spec, max(spec.position, read.start), min(spec.position + spec.tokens, read.end), sink)
 
 
 def load_keyframe(conn: sa.Connection, links: Sequence[Link], keyframe: Keyframe) -> tuple[Frame, int]:
@@ -159,7 +203,7 @@ def load_keyframe(conn: sa.Connection, links: Sequence[Link], keyframe: Keyframe
         if spec is None:
             continue
         try:
-            raw = _checked_raw(values, layers, link.id, spec)
+            raw = checked_raw(values, layers, link.id, spec)
         except FormatError as error:
             raise StateDamaged(str(error), link.start) from error
         total += spec.stored_length
@@ -202,8 +246,8 @@ def _blobs(conn: sa.Connection, kind: LayerKind, reads: Sequence[Read], wanted: 
             yield dict(row._mapping)
 
 
-def _checked_raw(values: dict[str, Any], layers: list[LayerSpec], segment_id: int, spec: ChunkSpec) -> codec.Buffer:
-    """The raw bytes of a chunk's row, if it is what was written. Raises FormatError, ChecksumMismatch among them."""
+def checked_blob(values: dict[str, Any], segment_id: int, spec: ChunkSpec) -> bytes:
+    """The stored bytes of a chunk's row, if they are what was written. Raises ChecksumMismatch."""
     stored = values["blob"]
     found = digest(stored) if isinstance(stored, bytes) else b""
     what = f"chunk {spec.layer} at {spec.position} of segment {segment_id}"
@@ -214,9 +258,15 @@ def _checked_raw(values: dict[str, Any], layers: list[LayerSpec], segment_id: in
     actual = row_checksum(chunk, row)
     if checksum != actual:
         raise ChecksumMismatch(what, checksum, actual)
-    items = {ITEM_BYTES[tensor.dtype] for number in covered(layers, spec) for tensor in layers[number].tensors}
-    raw = codec.decode(stored, items.pop() if len(items) == 1 else 1, spec.raw_length, spec.codec)
-    if spec.codec != codec.RAW and digest(raw) != spec.raw_digest:
+    return bytes(stored)
+
+
+def checked_raw(values: dict[str, Any], layers: list[LayerSpec], segment_id: int, spec: ChunkSpec) -> codec.Buffer:
+    """The raw bytes of a chunk's row, if it is what was written. Raises FormatError, ChecksumMismatch among them."""
+    stored = checked_blob(values, segment_id, spec)
+    raw = codec.decode(stored, item_bytes(layers, spec), spec.raw_length, spec.codec)
+    if spec.codec != RAW and digest(raw) != spec.raw_digest:
+        what = f"chunk {spec.layer} at {spec.position} of segment {segment_id}"
         raise ChecksumMismatch(what, spec.raw_digest, digest(raw))
     return raw
 

@@ -79,7 +79,8 @@ class RowBuffer:
         sizes = [-(-spec.row_bytes * count * spec.rows_before(capacity) // 64) * 64 for spec, count in first]
         memory = _allocate(sum(sizes))
         self.tensors: list[list[Rows]] = [[] for _ in self._specs]
-        self._groups: dict[int, tuple[int, Rows]] = {}  # layer: its place in its group, and the group's memory
+        # By layer: its place in its group, the layers of that, and their memory.
+        self._groups: dict[int, tuple[int, list[int], Rows]] = {}
         at = 0
         for group, size in zip(alike.values(), sizes, strict=True):
             self._place(memory, at, group)
@@ -93,7 +94,7 @@ class RowBuffer:
             whole = np.frombuffer(memory, element_type(tensors[0].dtype), math.prod(shape), at).reshape(shape)
             for place, number in enumerate(group):
                 self.tensors[number] = list(whole[place])
-                self._groups[number] = (place, whole)
+                self._groups[number] = (place, group, whole)
             return
         for number in group:  # tensors that differ in shape (MLA's latents, say) lie one after another
             for tensor in tensors:
@@ -111,11 +112,9 @@ class RowBuffer:
         """One view of the rows [start, end) of layers that are alike, so that they are copied in one go."""
         if not layers or layers[0] not in self._groups:
             return None
-        place, whole = self._groups[layers[0]]
-        for offset, number in enumerate(layers):
-            there, other = self._groups.get(number, (-1, None))
-            if other is not whole or there != place + offset:
-                return None
+        place, group, whole = self._groups[layers[0]]
+        if group[place : place + len(layers)] != list(layers):
+            return None
         spec = self._specs[layers[0]]
         some = slice(spec.rows_before(start), spec.rows_before(end))
         return whole[place : place + len(layers)][(slice(None),) * (2 + spec.tensors[0].token_axis) + (some,)]

@@ -19,6 +19,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    text,
 )
 
 SCHEMA_VERSION = 1
@@ -90,7 +91,8 @@ node = _table(
     _int("length"),
     _bytes("tokens"),
     _bytes("chain_hash"),
-    UniqueConstraint("root", "parent", "parent_offset", "first_token", name="trie_step"),
+    # The parent first: when a node is removed, what hangs below it is looked for by that alone.
+    UniqueConstraint("parent", "root", "parent_offset", "first_token", name="trie_step"),
 )
 """One immutable edge of a trie. The topmost node of a root has no parent, no tokens and length 0."""
 
@@ -112,6 +114,8 @@ segment = _table(
     _int("stored_bytes"),
     _int("complete"),
     _int("created"),
+    # Of incomplete ones alone: every program that opens a store looks for those, and there are next to none.
+    Index("segment_incomplete", "created", sqlite_where=text("complete = 0"), postgresql_where=text("complete = 0")),
 )
 """State of positions [start, end), computed on top of base_segment's rows [0, start). Its last token is in node."""
 
@@ -189,7 +193,7 @@ exploration = _table(
     _id(),
     _ref("session", "session"),
     _text("name"),
-    _ref("turn", "turn"),
+    _ref("turn", "turn", index=True),
     _bytes("settings"),
     _int("created"),
     UniqueConstraint("session", "name", name="exploration_name"),
@@ -200,7 +204,7 @@ candidate = _table(
     "candidate",
     _id(),
     _ref("exploration", "exploration", index=True),
-    _ref("parent", "candidate", nullable=True),
+    _ref("parent", "candidate", nullable=True, index=True),
     _int("number"),
     _ref("turn", "turn", index=True),
     _text("status"),
@@ -220,3 +224,6 @@ tag = _table(
     UniqueConstraint("session", "name", name="tag_name"),
 )
 """A name that does not move."""
+
+quarantine = _table("quarantine", _id(), _text("of"), _bytes("cells"), _bytes("why"), _int("created"))
+"""Rows that a repair took out of use, as they were found: the table they were of, their cells and why (MessagePack)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -10,7 +10,7 @@ from sqlalchemy.exc import DatabaseError
 
 from kvloom_store import fulltext, refs, turns
 from kvloom_store.database import Database
-from kvloom_store.errors import CorruptRow, InvalidQuery
+from kvloom_store.errors import InvalidQuery
 from kvloom_store.fulltext import Snippet
 from kvloom_store.schema import turn
 from kvloom_store.turns import Turn
@@ -78,15 +78,15 @@ def search(
     with database.read() as conn:
         found, damaged = _checked(conn, rows)
         snippets = fulltext.marked({each.row: each.text for each in found}, query)
-        hits = [_hit(conn, each, snippets[each.row]) for each in found if each.row in snippets]
-    return Hits(tuple(hits[:limit]), damaged)
+        hits = tuple(_hits(conn, [each for each in found if each.row in snippets][:limit], snippets))
+    return Hits(hits, damaged)
 
 
 def rebuild(database: Database) -> None:
     """Build the index anew from the turns; those that are damaged are left out of it."""
     with database.write() as conn:
-        found, _ = _checked(conn, conn.execute(sa.select(turn.c.id).order_by(turn.c.id)).scalars().all())
-        fulltext.build(conn, ((each.row, each.text) for each in found))
+        rows = conn.execute(sa.select(turn.c.id).order_by(turn.c.id)).scalars().all()
+        fulltext.build(conn, ((each.row, each.text) for each in turns.each_of(conn, rows) if each is not None))
 
 
 def _candidates(
@@ -107,16 +107,17 @@ def _candidates(
 
 def _checked(conn: sa.Connection, rows: Sequence[int]) -> tuple[list[Turn], int]:
     """Turns in the order of their rows, and how many are damaged."""
-    found, damaged = [], 0
-    for row in rows:
-        try:
-            found.append(turns.get(conn, row))
-        except CorruptRow:
-            damaged += 1
-    return found, damaged
+    found = list(turns.each_of(conn, rows))
+    return [each for each in found if each is not None], found.count(None)
 
 
-def _hit(conn: sa.Connection, found: Turn, snippet: Snippet) -> Hit:
-    owner = refs.session_of(conn, found.session)
-    ref = f"{owner.name}@{refs.short_id(conn, found.row)}"
-    return Hit(ref, owner.name, found.id, found.role, found.created, snippet.text, snippet.marks)
+def _hits(conn: sa.Connection, found: Sequence[Turn], snippets: Mapping[int, Snippet]) -> Iterator[Hit]:
+    names: dict[int, str] = {}
+    short: dict[int, dict[int, str]] = {}
+    for each in found:
+        at = each.session
+        if at not in names:
+            names[at], short[at] = refs.session_of(conn, at).name, refs.short_ids(conn, at)
+        snippet = snippets[each.row]
+        ref = f"{names[at]}@{short[at][each.row]}"
+        yield Hit(ref, names[at], each.id, each.role, each.created, snippet.text, snippet.marks)

@@ -15,7 +15,7 @@ import msgpack
 import numpy as np
 import sqlalchemy as sa
 
-from kvloom_proto import limits
+from kvloom_proto import codecs, limits
 from kvloom_proto.records import (
     ITEM_BYTES,
     STORED_BY_ROW,
@@ -32,6 +32,7 @@ from kvloom_proto.records import (
 )
 from kvloom_store import checksum, codec, trie
 from kvloom_store.checksum import checked, digest, insert, update
+from kvloom_store.codec import Buffer
 from kvloom_store.database import Database, allocate, now_us
 from kvloom_store.rows import Captured
 from kvloom_store.schema import chunk, provenance, segment
@@ -104,7 +105,7 @@ def _runs(layers: list[LayerSpec], kind: LayerKind, position: int, tokens: int) 
     for number in [*(n for n, spec in enumerate(layers) if spec.kind == kind), None]:
         more = _bytes_of(layers[number], position, tokens) if number is not None else 0
         if run and (number is None or size + more > limits.CHUNK_BYTES):
-            yield ChunkSpec(kind, position, tokens, run[0], run[-1] - run[0] + 1, codec.RAW, size, size, b"", b"")
+            yield ChunkSpec(kind, position, tokens, run[0], run[-1] - run[0] + 1, codecs.RAW, size, size, b"", b"")
             run, size = [], 0
         if number is not None:
             run.append(number)
@@ -158,16 +159,11 @@ def write(
             return same
         new = _insert_incomplete(conn, draft, content)
     done = []
-    for batch in _batches(planned):
-        encoded = []
-        for spec in batch:
-            raw = gather(source, layers, spec)
-            name, stored = codec.encode(raw, item_bytes(layers, spec), codec_name)
-            spec = replace(spec, codec=name, stored_length=len(stored), stored_digest=digest(stored))
-            encoded.append((spec, stored))
+    for batch in batches(planned):
+        packed = [encoded(gather(source, layers, spec), layers, spec, codec_name) for spec in batch]
         with database.write(background=True) as conn:
-            conn.execute(chunk.insert(), [chunk_row(new, spec, stored) for spec, stored in encoded])
-        done += [spec for spec, _ in encoded]
+            conn.execute(chunk.insert(), [chunk_row(new, spec, stored) for spec, stored in packed])
+        done += [spec for spec, _ in packed]
     manifest = Manifest(draft.start, draft.end, limits.CHUNK_TOKENS, draft.layers, tuple(done))
     with database.write(background=True) as conn:
         same = _find_same(conn, draft, content)  # another process may have stored it meanwhile
@@ -198,6 +194,12 @@ def plan(source: Captured, draft: Draft) -> list[ChunkSpec]:
     ]
 
 
+def encoded(raw: Buffer, layers: list[LayerSpec], spec: ChunkSpec, codec_name: str) -> tuple[ChunkSpec, bytes]:
+    """A chunk as it is stored: its spec, and its bytes."""
+    name, stored = codec.encode(raw, item_bytes(layers, spec), codec_name)
+    return replace(spec, codec=name, stored_length=len(stored), stored_digest=digest(stored)), stored
+
+
 def chunk_row(segment_id: int, spec: ChunkSpec, stored: bytes) -> dict[str, Any]:
     """The sealed row of a chunk."""
     row = {
@@ -215,7 +217,7 @@ def chunk_row(segment_id: int, spec: ChunkSpec, stored: bytes) -> dict[str, Any]
 def item_bytes(layers: list[LayerSpec], spec: ChunkSpec) -> int:
     """Bytes of one element of a chunk."""
     sizes = {ITEM_BYTES[tensor.dtype] for number in covered(layers, spec) for tensor in layers[number].tensors}
-    return sizes.pop() if len(sizes) == 1 else 1  # mixed element sizes: one plane, so plain lz4
+    return sizes.pop() if len(sizes) == 1 else 1  # mixed element sizes: one plane
 
 
 def content_digest(draft: Draft, plan: list[ChunkSpec]) -> bytes:
@@ -265,7 +267,8 @@ def _insert_incomplete(conn: sa.Connection, draft: Draft, content: bytes) -> int
     return new
 
 
-def _batches(plan: list[ChunkSpec]) -> Iterator[list[ChunkSpec]]:
+def batches(plan: Sequence[ChunkSpec]) -> Iterator[list[ChunkSpec]]:
+    """Chunks for one transaction each."""
     batch: list[ChunkSpec] = []
     # By kind, layer, then position: the order in which a restore reads them, and so the order in the file.
     for spec in sorted(plan, key=lambda spec: (spec.kind, spec.layer, spec.position)):
@@ -277,6 +280,27 @@ def _batches(plan: list[ChunkSpec]) -> Iterator[list[ChunkSpec]]:
         yield batch
 
 
+def adopt(conn: sa.Connection, draft: Draft, manifest: Manifest) -> tuple[int, bool]:
+    """Put down the row of a segment whose chunks are made elsewhere and follow in this very transaction; one of equal
+    content is taken instead. Its row id, and whether it is new."""
+    order = {kind: place for place, kind in enumerate((*STORED_BY_ROW, LayerKind.KEYFRAME))}
+    as_cut = sorted(manifest.chunks, key=lambda spec: (order[spec.kind], spec.position, spec.layer))
+    content = content_digest(draft, as_cut)
+    same = _find_same(conn, draft, content)
+    if same is not None:
+        return same, False
+    new = _insert_incomplete(conn, draft, content)
+    row = conn.execute(sa.select(segment).where(segment.c.id == new)).one()
+    sizes = {"raw_bytes": manifest.raw_bytes, "stored_bytes": manifest.stored_bytes}
+    update(conn, segment, checked(segment, row), manifest=pack(manifest), complete=1, **sizes)
+    return new, True
+
+
+def add_chunk(conn: sa.Connection, segment_id: int, spec: ChunkSpec, stored: bytes) -> None:
+    """A chunk of a segment."""
+    conn.execute(chunk.insert(), chunk_row(segment_id, spec, stored))
+
+
 def delete(conn: sa.Connection, ids: list[int]) -> None:
     """Take segments and their chunks away (whoever calls has made sure that nothing stands on them)."""
     conn.execute(chunk.delete().where(chunk.c.segment.in_(ids)))
@@ -285,7 +309,8 @@ def delete(conn: sa.Connection, ids: list[int]) -> None:
 
 def sweep(conn: sa.Connection) -> None:
     """Take away what a process that died while writing state has left."""
-    stale = sa.select(segment.c.id).where(segment.c.complete == 0, segment.c.created < now_us() - ABANDONED_US)
+    incomplete = segment.c.complete == sa.literal_column("0")  # spelled out: as a parameter it would not find its index
+    stale = sa.select(segment.c.id).where(incomplete, segment.c.created < now_us() - ABANDONED_US)
     ids = list(conn.execute(stale).scalars())
     if ids:
         delete(conn, ids)

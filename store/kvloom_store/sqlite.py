@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import event
-from sqlalchemy.exc import DatabaseError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DatabaseError, DBAPIError, OperationalError, SQLAlchemyError
 
 from kvloom_store.errors import NotAStore, StoreError, StoreLocked, StoreUnavailable
 
@@ -129,6 +130,55 @@ def forget_table(conn: sa.Connection, name: str, behind: Sequence[str]) -> None:
     conn.exec_driver_sql("PRAGMA writable_schema=RESET")
     for table in behind:
         conn.exec_driver_sql(f"DROP TABLE IF EXISTS {table}")
+
+
+def uint32_at(blob: sa.ColumnElement[bytes], at: sa.ColumnElement[int]) -> sa.ColumnElement[int]:
+    """The little-endian 32-bit unsigned integer that begins at byte ``at`` of a blob.
+
+    SQLite has no function for the value of a byte: it is where that byte stands among all 256.
+    """
+    every = sa.literal(bytes(range(256)), sa.LargeBinary)
+    digits = [sa.func.instr(every, sa.func.substr(blob, at + 1 + place, 1), type_=sa.Integer) - 1 for place in range(4)]
+    return digits[0] + 0x100 * digits[1] + 0x10000 * digits[2] + 0x1000000 * digits[3]
+
+
+def integrity(conn: sa.Connection, *, quick: bool) -> Iterator[str]:
+    """What SQLite's own check says is wrong with the file, a line each; ``quick`` leaves its indexes out."""
+    try:
+        for line in conn.exec_driver_sql("PRAGMA quick_check" if quick else "PRAGMA integrity_check").scalars():
+            if line != "ok":
+                yield str(line)
+    except DBAPIError as error:
+        yield str(error.orig)
+
+
+def tree_names(conn: sa.Connection) -> dict[int, tuple[str, str]]:
+    """What each tree of the file holds, by its root page: ``table`` or ``index``, and the table's name."""
+    rows = conn.exec_driver_sql("SELECT rootpage, type, tbl_name FROM sqlite_master WHERE rootpage > 0")
+    return {page: (kind, name) for page, kind, name in rows}
+
+
+def reindex(conn: sa.Connection) -> None:
+    """Make every index anew from its table (inside a write transaction)."""
+    conn.exec_driver_sql("REINDEX")
+
+
+def overwrite(target: sa.Engine, source: sa.Engine) -> None:
+    """Put all of another file's content into a file, in one transaction: a crash leaves the one or the other."""
+    with contextlib.closing(target.raw_connection()) as to, contextlib.closing(source.raw_connection()) as given:
+        assert to.driver_connection is not None
+        assert given.driver_connection is not None
+        given.driver_connection.backup(to.driver_connection)
+
+
+def data_version(conn: sa.Connection) -> int:
+    """A number that changes when another connection has written to the file."""
+    return int(conn.exec_driver_sql("PRAGMA data_version").scalar_one())
+
+
+def without_foreign_keys(conn: sa.Connection) -> None:
+    """Let rows be written in any order by this connection (outside of a transaction)."""
+    conn.exec_driver_sql("PRAGMA foreign_keys=OFF")
 
 
 def checkpoint(engine: sa.Engine) -> None:

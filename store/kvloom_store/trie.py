@@ -9,9 +9,10 @@ and [5,6] agree whatever their order. Token ids decide a match, never a hash.
 
 from __future__ import annotations
 
+import functools
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +20,22 @@ import sqlalchemy as sa
 
 from kvloom_proto import limits
 from kvloom_proto.errors import LimitExceeded
+from kvloom_store import sqlite
 from kvloom_store.checksum import checked, digest, insert
-from kvloom_store.database import allocate, now_us
+from kvloom_store.database import allocate
 from kvloom_store.errors import CorruptRow
 from kvloom_store.schema import node
 
 TOKEN_BYTES = 4
+
+# Built once: to build a statement takes longer than to run it, and every lookup runs these.
+_TOP = sa.select(node).where(node.c.root == sa.bindparam("of"), node.c.parent.is_(None))
+_STEP = sa.select(node.c.id).where(
+    node.c.root == sa.bindparam("of"),
+    node.c.parent == sa.bindparam("above"),
+    node.c.parent_offset == sa.bindparam("at"),
+    node.c.first_token == sa.bindparam("token"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +111,7 @@ def create_top(conn: sa.Connection, root: int) -> None:
 
 def top(conn: sa.Connection, root: int) -> Position:
     """The topmost point of a root's trie."""
-    row = conn.execute(sa.select(node).where(node.c.root == root, node.c.parent.is_(None))).one()
-    return Position(checked(node, row)["id"], 0, 0)
+    return Position(checked(node, conn.execute(_TOP, {"of": root}).one())["id"], 0, 0)
 
 
 def match(conn: sa.Connection, root: int, ids: Sequence[int], *, start_at: Position | None = None) -> Match:
@@ -110,35 +120,52 @@ def match(conn: sa.Connection, root: int, ids: Sequence[int], *, start_at: Posit
 
 
 def _walk(conn: sa.Connection, root: int, packed: bytes, start_at: Position | None) -> Match:
-    if start_at is None:
-        here, tokens = top(conn, root), b""
-    else:
-        here = start_at
-        tokens = _node(conn, here.node)["tokens"]
     path: list[Position] = []
-    while True:
-        here = Position(here.node, _matched(tokens, packed, here), here.start)
-        path.append(here)
-        rest = packed[here.depth * TOKEN_BYTES :]
-        row = None
-        if rest:
-            row = conn.execute(
-                sa.select(node).where(
-                    node.c.root == root,
-                    node.c.parent == here.node,
-                    node.c.parent_offset == here.offset,
-                    node.c.first_token == unpack_tokens(rest[:TOKEN_BYTES])[0],
-                )
-            ).one_or_none()
-        if row is None:
-            return Match(here, tuple(path))
-        child = checked(node, row)
-        here, tokens = Position(child["id"], 0, here.depth), child["tokens"]
+    at: int | None = (start_at or top(conn, root)).node
+    while at is not None:
+        values = {"first": at, "packed": packed, "count": len(packed) // TOKEN_BYTES}
+        run = [checked(node, row) for row in conn.execute(_run_of_edges(), values)]
+        if not run:
+            raise CorruptRow("node", (at,))
+        path += [Position(each["id"], _matched(each, packed), each["start"]) for each in run]
+        # What goes on where the last edge ends was looked for; where the tokens leave it, a child may go on with them.
+        at = _child(conn, root, path[-1], packed) if path[-1].offset < run[-1]["length"] else None
+    return Match(path[-1], tuple(path))
 
 
-def _matched(tokens: bytes, packed: bytes, here: Position) -> int:
-    """How many tokens of the node at ``here`` agree with the path being looked for."""
-    return common_prefix(tokens, packed[here.start * TOKEN_BYTES :])
+@functools.cache
+def _run_of_edges() -> sa.Select[Any]:
+    """The node ``first`` and those that follow it on the path ``packed`` of ``count`` tokens, each where the one before
+    ends, and all but the last one on the path to their end. One query for all: they are as many as turns were said.
+    """
+    packed, count = sa.bindparam("packed", type_=sa.LargeBinary), sa.bindparam("count", type_=sa.Integer)
+    c = node.c
+    whole = (c.tokens == sa.func.substr(packed, 1 + TOKEN_BYTES * c.start, TOKEN_BYTES * c.length)).label("whole")
+    down = sa.select(node, whole).where(c.id == sa.bindparam("first")).cte("down", recursive=True)
+    end = down.c.start + down.c.length
+    next_edge = (
+        c.root == down.c.root,
+        c.parent == down.c.id,
+        c.parent_offset == down.c.length,
+        c.first_token == sqlite.uint32_at(packed, TOKEN_BYTES * end),
+    )
+    down = down.union_all(sa.select(node, whole).where(down.c.whole, end < count, *next_edge))
+    return sa.select(down).order_by(down.c.start + down.c.length)
+
+
+def _child(conn: sa.Connection, root: int, here: Position, packed: bytes) -> int | None:
+    """The node that goes on from a point with the path's next token."""
+    rest = packed[here.depth * TOKEN_BYTES : (here.depth + 1) * TOKEN_BYTES]
+    if not rest:
+        return None
+    values = {"of": root, "above": here.node, "at": here.offset, "token": unpack_tokens(rest)[0]}
+    return conn.execute(_STEP, values).scalar_one_or_none()
+
+
+def _matched(values: Mapping[str, Any], packed: bytes) -> int:
+    """How many tokens of a node agree with the path being looked for."""
+    start = values["start"] * TOKEN_BYTES
+    return common_prefix(values["tokens"], packed[start : start + len(values["tokens"])])
 
 
 def extend(conn: sa.Connection, root: int, ids: Sequence[int], *, start_at: Position | None = None) -> Position:
@@ -189,7 +216,6 @@ def _insert_node(
             "tokens": tokens,
             # Digest of all token ids from the root to the node's end: what a store elsewhere can be compared by.
             "chain_hash": digest(path),
-            "created": now_us(),
         },
     )
     return new

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,9 @@ from kvloom_store.database import allocate, now_us
 from kvloom_store.errors import CorruptRow
 from kvloom_store.schema import turn, turn_state
 from kvloom_store.trie import Position, pack_tokens, unpack_tokens
+
+QUERY_TURNS = 500
+"""Turns asked for in one query: databases bound the number of parameters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +103,16 @@ def add_turn(
     finish_reason: str | None = None,
     settings: Mapping[str, Any] | None = None,
     timings: Mapping[str, Any] | None = None,
+    public_id: bytes | None = None,
+    created: int | None = None,
 ) -> Turn:
-    """Add a turn below ``parent`` (inside a write transaction)."""
+    """Add a turn below ``parent`` (inside a write transaction); one that was said elsewhere keeps its id and time."""
     packed = msgpack.packb(dict(message))
     if len(packed) > limits.MAX_TURN_BYTES:
         raise LimitExceeded("message", len(packed), limits.MAX_TURN_BYTES)
     values = {
         "id": allocate(conn, turn),
-        "public_id": secrets.token_bytes(16),
+        "public_id": secrets.token_bytes(16) if public_id is None else public_id,
         "session": session,
         "parent": parent.row if parent else None,
         "role": message["role"],
@@ -117,7 +122,7 @@ def add_turn(
         "settings": msgpack.packb(dict(settings or {})),
         "timings": msgpack.packb(dict(timings or {})),
         "digest": chained_digest(parent.digest if parent else b"", message),
-        "created": now_us(),
+        "created": now_us() if created is None else created,
     }
     insert(conn, turn, values)
     made = _turn(values)
@@ -143,12 +148,37 @@ def _turn(values: Mapping[str, Any]) -> Turn:
     )
 
 
+def by_id(conn: sa.Connection, public_id: bytes) -> Turn | None:
+    """The turn of that id, in whichever session."""
+    found = conn.execute(sa.select(turn).where(turn.c.public_id == public_id)).one_or_none()
+    return None if found is None else _turn(checked(turn, found))
+
+
+def alike(conn: sa.Connection, session: int, parent: int | None, digest: bytes) -> list[Turn]:
+    """The turns of a session below the same parent that say the same, oldest first."""
+    below = turn.c.parent.is_(None) if parent is None else turn.c.parent == parent
+    query = sa.select(turn).where(turn.c.digest == digest, turn.c.session == session, below).order_by(turn.c.id)
+    return [_turn(checked(turn, row)) for row in conn.execute(query)]
+
+
 def get(conn: sa.Connection, row: int) -> Turn:
     """One turn."""
     found = conn.execute(sa.select(turn).where(turn.c.id == row)).one_or_none()
     if found is None:
         raise CorruptRow("turn", (row,))
     return _turn(checked(turn, found))
+
+
+def each_of(conn: sa.Connection, rows: Sequence[int]) -> Iterator[Turn | None]:
+    """Turns in the order of their rows, some hundred in one query; None for one that is damaged, or not there."""
+    for first in range(0, len(rows), QUERY_TURNS):
+        some = rows[first : first + QUERY_TURNS]
+        found = {values.id: values for values in conn.execute(sa.select(turn).where(turn.c.id.in_(some)))}
+        for row in some:
+            try:
+                yield _turn(checked(turn, found[row])) if row in found else None
+            except CorruptRow:
+                yield None
 
 
 def of_session(conn: sa.Connection, session: int) -> list[Turn]:
@@ -282,16 +312,20 @@ def held(conn: sa.Connection, session: int) -> set[str]:
     return {public.hex() for public in conn.execute(query).scalars()}
 
 
-def states_with_segments(conn: sa.Connection, segments: Sequence[int]) -> list[TurnState]:
-    """The states that some segments hold, the newest first; damaged rows are left out: they may be anybody's."""
-    query = sa.select(turn_state).where(turn_state.c.segment.in_(segments)).order_by(turn_state.c.id.desc())
-    found = []
-    for row in conn.execute(query):
+def owner_of(conn: sa.Connection, segment: int, position: int) -> TurnState | None:
+    """The oldest state that a segment holds up to some position of it, or beyond; None if no turn is left of it.
+
+    Damaged rows are left out: they may be anybody's.
+    """
+    query = sa.select(turn_state).where(
+        turn_state.c.segment == segment, turn_state.c.state_start < position, turn_state.c.state_end >= position
+    )
+    for row in conn.execute(query.order_by(turn_state.c.id)):
         try:
-            found.append(_state(checked(turn_state, row)))
+            return _state(checked(turn_state, row))
         except (CorruptRow, FormatError):
             continue
-    return found
+    return None
 
 
 def state(conn: sa.Connection, row: int) -> TurnState:
@@ -317,9 +351,7 @@ def base_of(conn: sa.Connection, above: TurnState) -> TurnState | None:
     """The turn state that one was computed on, which knows how to compute that again; None if no turn is left of it."""
     if above.base_state is not None:
         return state(conn, above.base_state)
-    base = above.base_segment
-    owners = states_with_segments(conn, [base]) if base is not None else []
-    return owners[0] if owners else None
+    return owner_of(conn, above.base_segment, above.state_start) if above.base_segment is not None else None
 
 
 def set_segment(conn: sa.Connection, row: int, segment: int, base_segment: int | None) -> None:
@@ -327,3 +359,9 @@ def set_segment(conn: sa.Connection, row: int, segment: int, base_segment: int |
     found = conn.execute(sa.select(turn_state).where(turn_state.c.id == row)).one_or_none()
     if found is not None:  # the session may have been removed meanwhile
         update(conn, turn_state, checked(turn_state, found), segment=segment, base_segment=base_segment)
+
+
+def with_segments(conn: sa.Connection, root: int) -> list[int]:
+    """The rows of a model's turn states that name a segment, those of the first tokens first."""
+    query = sa.select(turn_state.c.id).where(turn_state.c.root == root, turn_state.c.segment.is_not(None))
+    return list(conn.execute(query.order_by(turn_state.c.state_end, turn_state.c.id)).scalars())

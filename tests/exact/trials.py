@@ -17,7 +17,7 @@ GRID = 32
 ENDS = ("close", "kill", "flush")
 """How processes end, in turn: the store closed, killed before all state is written, killed behind that."""
 
-CODECS = ("raw", "planes-lz4", "auto")
+CODECS = ("raw", "lz4", "zstd", "auto")
 SHORT = {"words": [2, 6, 15, 30], "many_words": 90, "longest": 400}
 """Texts that keep a trial under a second."""
 

@@ -281,6 +281,12 @@ class TestLooking:
         for word in ("settings", "timings", "held", "passes", told["turn"]["id"]):
             assert word in shown
 
+    def test_a_device_is_chosen_once_or_for_one_command(self, trip: Command) -> None:
+        assert trip("config", "device", "mps").code == 0
+        fails(trip("say", "trip", "and now"), 30, "'mps'")
+        assert trip("say", "trip", "and now", "--device", "cpu", "--max-tokens", "2").code == 0
+        assert trip("show", "trip", "--json").json["turn"]["states"][0]["provenance"]["device"] == "cpu"
+
     def test_branches_lists_where_each_has_got_to(self, trip: Command) -> None:
         trip("fork", "trip@main~2", "b")
         told = trip("branches", "trip", "--json").json["branches"]
@@ -373,7 +379,7 @@ class TestSettingUp:
         fails(kvloom("config"), 40, "model must be text")
         (tmp_path / "config.toml").write_text("oh no")
         fails(kvloom("say", "a", "hello"), 40, "not valid TOML")
-        fails(kvloom("config", "colour"), 2, "model, dtype, codec")
+        fails(kvloom("config", "colour"), 2, "model, dtype, device, codec")
 
     def test_models_names_the_default(self, kvloom: Command, model: str) -> None:
         told = kvloom("models", "--json").json

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from kvloom import models
 from kvloom.errors import EngineError, ModelNotFound, UnsupportedModel
 from kvloom.identity import identity_of
-from kvloom.models import ModelSource, available, load, pick_dtype, resolve
+from kvloom.models import ModelSource, available, load, pick_device, pick_dtype, resolve
 
 WORDS = ["<s>", "</s>", "a", "b", "c", "ab"]
 
@@ -223,6 +223,16 @@ def test_a_device_that_is_not_there_is_an_error_with_a_hint(tmp_path):
     with pytest.raises(EngineError) as caught:
         load(resolve(str(write_folder(tmp_path / "model"))), device="nonsense")
     assert caught.value.hint
+
+
+def test_auto_is_an_accelerator_if_there_is_one(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    assert [pick_device(name) for name in ("auto", "cpu", "cuda:1")] == ["cpu", "cpu", "cuda:1"]
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    assert pick_device() == "mps"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert pick_device() == "cuda"
 
 
 # --- hub --------------------------------------------------------------------------------------------

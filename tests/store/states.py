@@ -107,7 +107,7 @@ class Store:
 
     def heal(self, source: Captured, segment_id: int, start: int, end: int) -> bool:
         draft = self.draft(source, start, end)
-        return healing.heal(self.database, source, segment_id, draft, codec_name="planes-lz4")
+        return healing.heal(self.database, source, segment_id, draft, codec_name="lz4")
 
     def manifest(self, segment_id: int) -> Manifest:
         with self.database.read() as conn:

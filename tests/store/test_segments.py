@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvloom_proto import limits
-from kvloom_proto.errors import FormatError, UnknownCodec
+from kvloom_proto.errors import FormatError
 from kvloom_proto.records import (
     ITEM_BYTES,
     ChunkSpec,
@@ -32,7 +32,7 @@ from kvloom_proto.records import (
     read_manifest,
     read_schedule,
 )
-from kvloom_store import codec, healing, planner, restore, roots, segments, trie
+from kvloom_store import healing, planner, restore, roots, segments, trie
 from kvloom_store.database import Database
 from kvloom_store.planner import Link, Read, StateDamaged
 from kvloom_store.rows import Captured, RowBuffer
@@ -100,7 +100,7 @@ class Store:
 
     def heal(self, source: RowBuffer, segment_id: int, start: int, end: int, base: int | None = None) -> bool:
         draft = self.draft(source, start, end, base)
-        return healing.heal(self.database, Captured(source, {}), segment_id, draft, codec_name="planes-lz4")
+        return healing.heal(self.database, Captured(source, {}), segment_id, draft, codec_name="lz4")
 
     def read(self, segment_id: int, upto: int, layers: tuple[LayerSpec, ...]) -> RowBuffer:
         sink = RowBuffer(layers, max(upto, 1))
@@ -142,7 +142,7 @@ PLAIN = (
     cuts=st.lists(st.integers(1, 700), min_size=1, max_size=5, unique=True),
     position=st.integers(0, 700),
     seed=st.integers(0, 2**32),
-    codec_name=st.sampled_from(["raw", "planes-lz4", "auto"]),
+    codec_name=st.sampled_from(["raw", "lz4", "zstd", "auto"]),
 )
 def test_rows_of_any_shape_come_back_bit_for_bit_at_any_position(
     shared: Store, specs: tuple[LayerSpec, ...], cuts: list[int], position: int, seed: int, codec_name: str
@@ -232,7 +232,7 @@ def test_equal_content_on_the_same_base_is_stored_once(store: Store) -> None:
     source, other = filled(PLAIN, 300, 1), filled(PLAIN, 300, 1)
     first = store.write(source, 0, 100)
     assert store.write(other, 0, 100) == first
-    assert store.write(other, 0, 100, codec_name="planes-lz4") == first
+    assert store.write(other, 0, 100, codec_name="lz4") == first
     second = store.write(source, 100, 300, first)
     assert store.write(other, 100, 300, first) == second
     assert store.count(segment) == 2
@@ -353,7 +353,7 @@ def test_a_chunk_holds_the_layers_of_one_kind_whatever_lies_between() -> None:
 
 
 def test_any_flipped_bit_of_a_chunk_is_found(store: Store) -> None:
-    made = store.write(filled(PLAIN, 40, 1), 0, 40, codec_name="planes-lz4")
+    made = store.write(filled(PLAIN, 40, 1), 0, 40, codec_name="lz4")
     rng = random.Random(7)
     with store.database.read() as conn:
         row = conn.execute(sa.select(chunk)).one()
@@ -410,7 +410,7 @@ def test_a_damaged_segment_is_found(store: Store, column: str) -> None:
     assert same(store.read(base, 100, PLAIN), source, 0, 100)
 
 
-@pytest.mark.parametrize("codec_name", ["raw", "planes-lz4"])
+@pytest.mark.parametrize("codec_name", ["raw", "lz4", "zstd"])
 def test_healing_puts_the_very_same_row_back(store: Store, codec_name: str) -> None:
     source = filled(PLAIN, 300, 1)
     made = store.write(source, 0, 300, codec_name=codec_name)
@@ -478,7 +478,7 @@ MANIFEST = Manifest(
         LayerSpec(2, 1, LayerKind.EMPTY, ()),
     ),
     (
-        ChunkSpec(LayerKind.ROWS, 250, 6, 0, 2, "planes-lz4", 336, 211, bytes(range(16)), bytes(range(16, 32))),
+        ChunkSpec(LayerKind.ROWS, 250, 6, 0, 2, "lz4", 336, 211, bytes(range(16)), bytes(range(16, 32))),
         ChunkSpec(LayerKind.ROWS, 256, 6, 0, 2, "raw", 336, 336, bytes(range(32, 48)), bytes(range(32, 48))),
     ),
 )
@@ -486,17 +486,12 @@ SCHEDULE = Schedule((Pass(250, 6), Pass(256, 3), Pass(259, 1, 3)))
 
 GOLDEN_MANIFEST = (
     "080110fa011886022080022a361002180122160a046b657973120862666c6f617431361a020204200122180a0676616c"
-    "756573120862666c6f617431361a02020320012a06080210011805323f080110fa0118062802320a706c616e65732d6c"
-    "7a3438d00240d3014a10000102030405060708090a0b0c0d0e0f5210101112131415161718191a1b1c1d1e1f32260801"
-    "10800218062802320372617738d00240d0024a10202122232425262728292a2b2c2d2e2f"
+    "756573120862666c6f617431361a02020320012a060802100118053238080110fa011806280232036c7a3438d00240d3"
+    "014a10000102030405060708090a0b0c0d0e0f5210101112131415161718191a1b1c1d1e1f3226080110800218062802"
+    "320372617738d00240d0024a10202122232425262728292a2b2c2d2e2f"
 )
 GOLDEN_SCHEDULE = "08011a0908fa011006180120011a090880021003180120011a09088302100118032001"
 GOLDEN_UNKNOWN = "08011001"
-GOLDEN_PLANES = (
-    "2800008011000000050a0f14191e23282d32373c41464b50555a5f64696e73787d82878c91969ba0a5aaafb4b9bec3c8"
-    "1f3c010009b03d3d3d3d3d3d3d3d3d3d3d"
-)
-RAW = bytes(byte for at in range(1, 41) for byte in (at * 5 % 256, 60 + at // 30))
 
 
 def test_the_bytes_of_a_manifest_are_those_of_version_one() -> None:
@@ -508,46 +503,6 @@ def test_the_bytes_of_a_schedule_are_those_of_version_one() -> None:
     assert pack(SCHEDULE).hex() == GOLDEN_SCHEDULE
     assert read_schedule(bytes.fromhex(GOLDEN_SCHEDULE)) == SCHEDULE
     assert pack(Schedule(unknown=True)).hex() == GOLDEN_UNKNOWN
-
-
-def test_the_bytes_of_planes_lz4_are_those_of_version_one() -> None:
-    """Plane 0 is noise and kept; plane 1 is an LZ4 block."""
-    stored = bytes.fromhex(GOLDEN_PLANES)
-    assert bytes(codec.decode(stored, 2, len(RAW), codec.PLANES_LZ4)) == RAW
-    assert codec.encode(RAW, 2, codec.PLANES_LZ4) == (codec.PLANES_LZ4, stored)
-    lengths = int.from_bytes(stored[:4], "little"), int.from_bytes(stored[4:8], "little")
-    assert lengths == (0x80000000 | 40, len(stored) - 8 - 40)
-    assert stored[8:48] == RAW[::2]
-
-
-@given(
-    data=st.binary(max_size=600),
-    item=st.sampled_from([1, 2, 4, 8]),
-    name=st.sampled_from(["raw", "planes-lz4", "auto"]),
-)
-def test_what_a_codec_stores_it_gives_back(data: bytes, item: int, name: str) -> None:
-    raw = (data * 3)[: len(data) * 3 // item * item]
-    used, stored = codec.encode(raw, item, name)
-    assert bytes(codec.decode(stored, item, len(raw), used)) == raw
-    assert len(stored) <= len(raw)
-
-
-@given(data=st.binary(max_size=200), item=st.sampled_from([1, 2, 4, 8]), length=st.integers(0, 4096))
-def test_bytes_no_codec_wrote_raise_only_format_errors(data: bytes, item: int, length: int) -> None:
-    for name in ("raw", "planes-lz4", "zip"):
-        try:
-            assert len(codec.decode(data, item, length, name)) == length
-        except FormatError:
-            continue
-        assert name != "zip"
-
-
-def test_a_codec_nobody_knows_is_named() -> None:
-    with pytest.raises(UnknownCodec) as error:
-        codec.decode(b"", 1, 0, "zip")
-    assert error.value.codec == "zip"
-    with pytest.raises(UnknownCodec):
-        codec.encode(b"", 1, "zip")
 
 
 def test_every_damaged_manifest_raises_a_format_error_or_reads_within_its_limits() -> None:

@@ -18,7 +18,7 @@ from kvloom.shown import clean
 PROBE_BYTES = 64 << 20
 """What doctor writes and reads back to see how fast the store's disk is."""
 
-_VERSIONED = ("torch", "transformers", "sqlalchemy", "numpy", "safetensors", "protobuf", "lz4", "xxhash")
+_VERSIONED = ("torch", "transformers", "sqlalchemy", "numpy", "safetensors", "protobuf", "lz4", "zstandard", "xxhash")
 
 
 @click.command(short_help="Count turns, tokens and bytes.")

@@ -21,10 +21,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass
 class Options:
-    """The options that stand before the command or after it."""
+    """The options that stand before the command or after it, and the device a model is to run on."""
 
     store: str | None = None
     json: bool = False
+    device: str | None = None
 
     @property
     def path(self) -> Path:
@@ -47,7 +48,7 @@ class Options:
 pass_options = click.make_pass_decorator(Options, ensure=True)
 
 
-def _remember(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+def remember(ctx: click.Context, param: click.Parameter, value: Any) -> None:
     if value and param.name:
         setattr(ctx.ensure_object(Options), param.name, value)
 
@@ -58,7 +59,7 @@ def store_option(command: F) -> F:
         "--store",
         metavar="PATH",
         expose_value=False,
-        callback=_remember,
+        callback=remember,
         help="The store's file (env KVLOOM_STORE; default: kvloom.db in your data folder).",
     )(command)
 
@@ -69,7 +70,7 @@ def json_option(command: F) -> F:
         "--json",
         is_flag=True,
         expose_value=False,
-        callback=_remember,
+        callback=remember,
         help="Print one JSON object on stdout; everything else goes to stderr.",
     )(command)
 

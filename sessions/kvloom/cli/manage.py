@@ -104,15 +104,15 @@ def rm(options: Options, session: str, yes: bool) -> None:
     return click.echo(f"{session} is deleted ({turns} turns)")
 
 
-@click.command(short_help="Show or set the default model, dtype and codec.")
+@click.command(short_help="Show or set the default model, dtype, device and codec.")
 @json_option
 @pass_options
 @click.argument("key", metavar="[KEY", required=False)
 @click.argument("value", metavar="[VALUE]]", required=False)
 @click.option("--unset", is_flag=True, help="Go back to the default of KEY.")
 def config(options: Options, key: str | None, value: str | None, unset: bool) -> None:
-    """Show your defaults, or set one: model, dtype (auto, float32, bfloat16), codec (raw, planes-lz4, auto),
-    keyframe_spacing (tokens).
+    """Show your defaults, or set one: model, dtype (auto, float32, bfloat16), device (auto, cpu, cuda, mps),
+    codec (raw, lz4, zstd, auto), keyframe_spacing (tokens).
 
     A session keeps the model it began with; KVLOOM_MODEL goes before the config file.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from kvloom.cli.common import F, Options, parse, reading, warn_of_network_drive
+from kvloom.cli.common import F, Options, parse, reading, remember, warn_of_network_drive
 from kvloom.cli.progress import Bars
 from kvloom.cli.terminal import dim, warn
 
@@ -28,8 +28,15 @@ PLAIN = (
 
 
 def model_options(command: F) -> F:
-    """Which model runs, and in what precision."""
-    dtypes = click.Choice(["auto", "float32", "bfloat16"])
+    """Which model runs, in what precision, and where."""
+    devices, dtypes = click.Choice(["auto", "cpu", "cuda", "mps"]), click.Choice(["auto", "float32", "bfloat16"])
+    command = click.option(
+        "--device",
+        type=devices,
+        expose_value=False,
+        callback=remember,
+        help="Where it runs (default: your config).",
+    )(command)
     command = click.option("--dtype", type=dtypes, help="Precision (default: the session's own, else auto).")(command)
     return click.option(
         "--model",
@@ -212,6 +219,7 @@ def open_loom(
         options.path,
         model=name,
         dtype=own or dtype or chosen.dtype,
+        device=options.device or chosen.device,
         codec=chosen.codec or DEFAULT_CODEC,
         keyframe_spacing=int(chosen.keyframe_spacing),
         must_exist=must_exist,

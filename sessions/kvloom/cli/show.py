@@ -16,8 +16,8 @@ from kvloom.shown import clean, labels, local_time, preview, seconds, short_ids
 if TYPE_CHECKING:
     import sqlalchemy as sa
 
-    from kvloom.session import Session, TreeTurn
-    from kvloom_store.refs import Point
+    from kvloom.session import TreeTurn
+    from kvloom_store.refs import Point, SessionRow
     from kvloom_store.turns import Turn, TurnState
 
 
@@ -32,33 +32,31 @@ def ls(options: Options) -> None:
     """
     if not options.path.exists():
         return _no_sessions(options)
-    from kvloom_store import turns
+    from kvloom_store import refs, turns
 
-    with reading(options) as reader:
-        with reader.database.read() as conn:
-            counts = turns.count_by_session(conn)
-        found = [(session, [branch.name for branch in session.branches()]) for session in reader.sessions()]
+    with reading(options) as reader, reader.database.read() as conn:
+        counts, branches = turns.count_by_session(conn), refs.branches_by_session(conn)
+        found = [(row, [each.name for each in branches.get(row.row, ())]) for row in refs.sessions(conn)]
     if options.json:
-        listed = [_session_json(session, names, counts) for session, names in found]
+        listed = [_session_json(row, names, counts) for row, names in found]
         return print_json({"sessions": listed})
     if not found:
         return _no_sessions(options)
     rows = []
-    for session, names in found:
-        turns_here, used = counts.get(session.row.row, 0), local_time(session.row.updated)
-        model = clean(str(session.settings.get("model")))
-        rows.append([session.name, str(turns_here), str(len(names)), used, model])
+    for row, names in found:
+        turns_here, used = counts.get(row.row, 0), local_time(row.updated)
+        model = clean(str(row.settings.get("model")))
+        rows.append([row.name, str(turns_here), str(len(names)), used, model])
     return columns(rows, ["session", "turns", "branches", "last used", "model"])
 
 
-def _session_json(session: Session, names: list[str], counts: dict[int, int]) -> dict[str, Any]:
-    row = session.row
+def _session_json(row: SessionRow, names: list[str], counts: dict[int, int]) -> dict[str, Any]:
     return {
-        "name": session.name,
+        "name": row.name,
         "branches": names,
         "turns": counts.get(row.row, 0),
-        "model": session.settings.get("model"),
-        "dtype": session.settings.get("dtype"),
+        "model": row.settings.get("model"),
+        "dtype": row.settings.get("dtype"),
         "created": iso_time(row.created),
         "updated": iso_time(row.updated),
     }

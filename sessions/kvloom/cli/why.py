@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -56,9 +54,14 @@ def why(options: Options, ref: str, text: str | None, messages: str | None, **va
             f"--{rendering[0].replace('_', '-')} goes with --messages; TEXT is said as the session does"
         )
     from kvloom import foresee
+    from kvloom.files import read_messages
     from kvloom.loom import KVLoom
+    from kvloom.transcripts import of_openai
 
-    said, asked = (read_text(text) if text is not None else ""), (_messages(messages) if messages else [])
+    said, asked = (
+        (read_text(text) if text is not None else ""),
+        (of_openai(read_messages(messages)) if messages else []),
+    )
     source, extra = template_of(values["chat_template"]), _options(values["template_options"])
     at, point = parse(ref)
     model = absolute(values["model"]) if values["model"] else None
@@ -74,48 +77,21 @@ def why(options: Options, ref: str, text: str | None, messages: str | None, **va
     return print_json(found.to_json()) if options.json else print_why(found)
 
 
-def _messages(file: str) -> list[dict[str, Any]]:
-    """The list of messages in a file, or on stdin."""
-    from kvloom.errors import InvalidText, LimitExceeded
-    from kvloom_proto.limits import MAX_TURN_BYTES
-
-    try:
-        if file == "-":
-            data = sys.stdin.buffer.read(MAX_TURN_BYTES + 1)
-        else:
-            with Path(file).open("rb") as opened:
-                data = opened.read(MAX_TURN_BYTES + 1)
-    except (OSError, ValueError) as error:  # ValueError: a name with NUL
-        reason = getattr(error, "strerror", None) or error
-        raise InvalidText(f"cannot read the messages {file}: {reason}", hint="give another file") from error
-    if len(data) > MAX_TURN_BYTES:
-        raise LimitExceeded("the messages", len(data), MAX_TURN_BYTES)
-    found = _json(data, "the messages")
-    if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
-        raise InvalidText("the messages are no list", hint='for example [{"role": "user", "content": "Hello"}]')
-    return found
-
-
 def _options(text: str | None) -> dict[str, Any] | None:
-    from kvloom.errors import InvalidText
-
-    if text is None:
-        return None
-    found = _json(text, "the template's options")
-    if not isinstance(found, dict):
-        raise InvalidText("the template's options are no JSON object", hint='for example {"enable_thinking": false}')
-    return found
-
-
-def _json(data: str | bytes, what: str) -> Any:
     import json
 
     from kvloom.errors import InvalidText
 
+    if text is None:
+        return None
+    hint = "kvloom why --help shows an example"
     try:
-        return json.loads(data)
+        found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InvalidText(f"{what} are not valid JSON: {error}", hint="kvloom why --help shows an example") from error
+        raise InvalidText(f"the template's options are not valid JSON: {error}", hint=hint) from error
+    if not isinstance(found, dict):
+        raise InvalidText("the template's options are no JSON object", hint='for example {"enable_thinking": false}')
+    return found
 
 
 def print_why(found: Why) -> None:

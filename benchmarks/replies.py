@@ -1,0 +1,110 @@
+"""Restoring a conversation of many short turns, against the same tokens computed by one prefill.
+
+Every turn's state is a segment of its own. Turns and prompt are given, so that both stores hold the same tokens; they
+were closed before they are restored from, in turn, in one process with the model loaded, into fresh memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import machine, spread, words
+
+TOKENS = 4096
+REPLIES = 200
+NAMES = ("replies", "prompt")
+DTYPES = ("float32", "bfloat16")
+
+
+def prepare(folder: Path, dtype: str, tokens: int, replies: int) -> None:
+    """Two stores of the same tokens: one of so many exchanges, a message and a reply each, and one of one message."""
+    from kvloom.append import Append
+    from kvloom.commit import Commits
+    from kvloom.loom import KVLoom, load_engine
+    from kvloom.steps import NewTurn, Step
+    from kvloom_store import refs
+
+    engine = load_engine("smollm2", dtype=dtype)
+    ids = engine.tokenizer(words(engine.tokenizer, tokens + 100))["input_ids"][:tokens]
+    for name, turns in zip(NAMES, (2 * replies, 1), strict=True):
+        cuts = [tokens * number // turns for number in range(turns + 1)]
+        steps = [
+            Step(
+                NewTurn({"role": "user" if n % 2 == 0 else "assistant", "content": engine.tokenizer.decode(ids[a:b])}),
+                a,
+                tuple(ids[a:b]),
+            )
+            for n, (a, b) in enumerate(itertools.pairwise(cuts))
+        ]
+        with KVLoom(folder / f"{name}.db", model=engine, codec="raw") as loom:
+            session = loom.session("talk")
+            with loom.database.read() as conn:
+                branch = refs.branches(conn, session.row.row)[0]
+            Append(loom, Commits(loom, branch), None, None, []).run("talk", steps)
+
+
+def measure(folder: Path, dtype: str, rounds: int) -> dict[str, Any]:
+    """Seconds of each restore, and the segments read, by store."""
+    from kvloom.loom import KVLoom, load_engine
+    from kvloom_store import trie, turns
+
+    engine = load_engine("smollm2", dtype=dtype)
+    seconds: dict[str, list[float]] = {name: [] for name in NAMES}
+    segments: dict[str, int] = {}
+    for number in range(rounds + 1):  # the first one of each is not counted: it compiles queries
+        for name in NAMES if number % 2 else NAMES[::-1]:
+            with KVLoom(folder / f"{name}.db", model=engine) as loom:
+                session = loom.find("talk")
+                with loom.database.read() as conn:
+                    tip = turns.states_of_session(conn, session.row.row)[-1]
+                    ids = trie.tokens_to(conn, tip.position.node, tip.position.offset)
+                live, account = loom.resumer.resume(ids, tip, room=64, logits=False)
+                assert account.reused == live.length == len(ids)
+                segments[name] = len({link.handle.segment for link in live.chain})
+                seconds[name] += [account.seconds] if number else []
+                del live
+    return {"seconds": seconds, "segments": segments}
+
+
+def run(
+    rounds: int = 9, *, tokens: int = TOKENS, replies: int = REPLIES, dtypes: tuple[str, ...] = DTYPES
+) -> dict[str, Any]:
+    """Each dtype: seconds of a restore, and how many times those of one prompt that of many replies takes."""
+    results: dict[str, Any] = {"machine": machine(), "tokens": tokens, "replies": replies}
+    for dtype in dtypes:
+        with tempfile.TemporaryDirectory() as folder:
+            _child("prepare", folder, dtype, str(tokens), str(replies))
+            found = json.loads(_child("measure", folder, dtype, str(rounds)))
+        many, one = (found["seconds"][name] for name in NAMES)
+        results[dtype] = {
+            **{name: spread(found["seconds"][name]) for name in NAMES},
+            "segments": found["segments"],
+            "times": spread([a / b for a, b in zip(many, one, strict=True)]),
+        }
+    return results
+
+
+def _child(*arguments: str) -> str:
+    command = [sys.executable, "-m", "benchmarks.replies", *arguments]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return done.stdout.splitlines()[-1] if done.stdout else ""
+
+
+def main() -> None:
+    """Measure, or be the process that prepares or measures."""
+    if len(sys.argv) == 1:
+        print(json.dumps(run(), indent=2))
+    elif sys.argv[1] == "prepare":
+        prepare(Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+    else:
+        print(json.dumps(measure(Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))))
+
+
+if __name__ == "__main__":
+    main()

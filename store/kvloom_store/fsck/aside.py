@@ -1,0 +1,104 @@
+"""Setting rows aside: what cannot be mended is taken out of use with all that stands on it, and kept as it was found.
+
+The rest of the store is whole again then: no name points at what is gone, and listing meets no damage. State that
+stood on a row is no loss, it is a cache; text is kept in the table ``quarantine``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgpack
+import sqlalchemy as sa
+
+from kvloom_store import refs, scan
+from kvloom_store.checksum import insert, row_checksum
+from kvloom_store.database import allocate, now_us
+from kvloom_store.fsck.reading import CACHE_OF_STATE, RELEASED, is_intact
+from kvloom_store.names import MAIN
+from kvloom_store.schema import branch, metadata, quarantine, session, turn
+
+RECOVERED = "recovered"
+"""How a branch is called whose row could not be read, if it may have pointed at a turn that is there."""
+
+
+def set_aside(conn: sa.Connection, table: sa.Table, rowid: int, why: str) -> int:
+    """Take a row out of use, and what stands on it (inside a write transaction); how many rows that were.
+
+    ``rowid`` is SQLite's own number of it: what the row says may be what is damaged.
+    """
+    values = scan.row_at(conn, table, rowid)
+    if values is None:
+        return 0
+    before = values["parent"] if table is turn else None
+    count = _remove(conn, table, values, rowid, why, before)
+    if table is branch:
+        _recover(conn, values)
+    return count
+
+
+def _remove(conn: sa.Connection, table: sa.Table, values: dict[str, Any], rowid: int, why: str, before: Any) -> int:
+    """A row and all that names it, from the tips down: foreign keys are checked row by row."""
+    count = 1
+    row: Any = values.get("id")
+    for child, column in _naming(table) if row is not None else ():
+        for number in scan.rowids(conn, child, column, row):
+            below = scan.row_at(conn, child, number)
+            if below is None or (child is table and number == rowid):
+                continue
+            if child is branch and column == "turn":
+                _put(conn, child, number, below, turn=_at_or_above(conn, below, before))
+            elif (child.name, column) in RELEASED:
+                _put(conn, child, number, below, **{column: None})
+            else:
+                count += _remove(conn, child, below, number, f"it stood on {table.name} {row}", before)
+    if table.name not in CACHE_OF_STATE:
+        kept = {
+            "id": allocate(conn, quarantine),
+            "of": table.name,
+            "cells": msgpack.packb(values),
+            "why": msgpack.packb(why),
+            "created": now_us(),
+        }
+        insert(conn, quarantine, kept)
+    scan.delete_at(conn, table, rowid)
+    return count
+
+
+def _naming(table: sa.Table) -> Iterator[tuple[sa.Table, str]]:
+    """The tables and columns that name rows of a table."""
+    for other in metadata.tables.values():
+        for column in other.columns:
+            if any(key.column.table is table for key in column.foreign_keys):
+                yield other, column.name
+
+
+def _put(conn: sa.Connection, table: sa.Table, rowid: int, values: dict[str, Any], **changes: Any) -> None:
+    """Change some cells of a row; one that was damaged before does not become whole by it."""
+    new = {**values, **changes}
+    if is_intact(table, values):
+        new["checksum"] = row_checksum(table, {name: cell for name, cell in new.items() if name != "checksum"})
+    scan.put_at(conn, table, rowid, {name: new[name] for name in (*changes, "checksum")})
+
+
+def _at_or_above(conn: sa.Connection, values: dict[str, Any], before: Any) -> int | None:
+    """Where a branch goes whose turn is taken away: to the turn above, if that is of its session."""
+    if not isinstance(before, int):
+        return None
+    query = sa.select(turn.c.id).where(turn.c.id == before, turn.c.session == values["session"])
+    found = conn.execute(query).scalar()
+    return None if found is None else int(found)
+
+
+def _recover(conn: sa.Connection, values: dict[str, Any]) -> None:
+    """Give a turn that a damaged branch may have pointed at a branch again, so that it can be found."""
+    owner, at = values["session"], values["turn"]
+    if not isinstance(owner, int) or conn.execute(sa.select(session.c.id).where(session.c.id == owner)).first() is None:
+        return
+    query = sa.select(turn.c.id).where(turn.c.id == at, turn.c.session == owner)
+    if isinstance(at, int) and conn.execute(query).first() is not None:
+        name = refs.free_name(conn, owner, RECOVERED, itself=True)
+        refs.add_branch(conn, owner, name, at)
+    if MAIN not in {each.name for each in refs.branches(conn, owner)}:
+        refs.add_branch(conn, owner, MAIN, None)
