@@ -20,6 +20,7 @@ TOKENS = 4096
 REPLIES = 200
 NAMES = ("replies", "prompt")
 DTYPES = ("float32", "bfloat16")
+QUICK = {"rounds": 1, "tokens": 512, "replies": 10, "dtypes": ("float32",)}
 
 
 def prepare(folder: Path, dtype: str, tokens: int, replies: int) -> None:

@@ -29,6 +29,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "decode": {"contexts": (16, 40), "tokens": 5, "rounds": 2},
     "memory": {"prefix": 80, "branches": 3, "tokens": 3},
     "tree": {"prefix": 100, "branches": 2, "exchanges": 2},
+    "codec": {"tokens": 64, "dtypes": ("bfloat16",)},
     "fork": {"lengths": (50, 200), "rounds": 4},
 }
 
