@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvloom.branch import Branch
 from kvloom.errors import NothingToDo, RefNotFound
+from kvloom_proto.codecs import AUTO
 from kvloom_proto.scores import TokenScore, read_scores
 from kvloom_store import cut, explorations, refs, spans, trie, turns
 from kvloom_store.names import MAIN, Ref, parse_ref
@@ -28,11 +29,13 @@ if TYPE_CHECKING:
     from kvloom.loom import KVLoom
     from kvloom.partial import Partial
     from kvloom.planned import PlannedBranch
+    from kvloom.recode import Recoding
     from kvloom.report import Added
     from kvloom.template import ChatTemplate
     from kvloom.tokens import Decoder
     from kvloom.warm import Missing
     from kvloom.why import Why
+    from kvloom_store.recode import Survey
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +219,31 @@ class Session:
 
         ref = self.ref(at)
         return warm(self, self._loom.resolve(ref).turn, ref.point or MAIN, cancel=cancel, progress=progress)
+
+    def survey(self, at: str | None = None) -> Survey:
+        """What the state down to a ref takes in the file, by codec, and with which branches it is shared."""
+        from kvloom import recode
+
+        return recode.survey(self, self.ref(at))
+
+    def recode(
+        self,
+        at: str | None = None,
+        *,
+        codec: str = AUTO,
+        cancel: threading.Event | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Recoding:
+        """Put the state down to a ref down again with a codec (raw, lz4, zstd, auto): the same bits in other bytes.
+
+        ``progress`` is called with the bytes of state done and in all. Stopped by ``cancel``, it keeps what was done.
+
+        Raises:
+            UnknownCodec, NothingToDo (no state is stored), RefNotFound, StoreError
+        """
+        from kvloom import recode
+
+        return recode.recode(self, self.ref(at), codec, cancel=cancel, progress=progress)
 
     def cost(self, prices: Prices | None = None) -> SessionCost:
         """Tokens reused and computed so far, seconds saved, and what a hosted model would have charged."""
