@@ -9,7 +9,19 @@ import json
 import os
 import sys
 
-from benchmarks import codec, explore, first_token, fork, grid, keyframes, shared_prompts, siblings, tree, windows
+from benchmarks import (
+    codec,
+    explore,
+    first_token,
+    fork,
+    grid,
+    keyframes,
+    lossy,
+    shared_prompts,
+    siblings,
+    tree,
+    windows,
+)
 
 
 def main() -> None:
@@ -23,6 +35,7 @@ def main() -> None:
         "shared_prompts": lambda: shared_prompts.run(prompts=6) if quick else shared_prompts.run(),
         "siblings": lambda: siblings.run(1, steps=16, dtypes=("float32",)) if quick else siblings.run(),
         "codec": lambda: codec.run(1024, ("bfloat16",)) if quick else codec.run(),
+        "lossy": lambda: lossy.run(prefix=512, measured=128) if quick else lossy.run(),
         "explore": lambda: explore.run(depth=3, kills=1) if quick else explore.run(),
     }
     if not quick:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvloom.errors import NothingToDo
-from kvloom_proto.codecs import SETTINGS
+from kvloom_proto.codecs import LOSSY, SETTINGS
 from kvloom_proto.errors import UnknownCodec
 from kvloom_store import recode as stored
 from kvloom_store.names import MAIN
@@ -48,6 +48,7 @@ def survey_json(session: str, at: str, found: Survey) -> dict[str, Any]:
         "segments": len(found.segments),
         "shared": {"segments": len(found.shared), "with": list(found.others)},
         "by_codec": dict(found.stored),
+        "lossy": len(found.lossy),
         "bytes": {"raw": found.raw, "before": sum(found.stored.values())},
     }
 
@@ -65,21 +66,23 @@ def recode(
     ref: Ref,
     codec: str,
     *,
+    shared: bool = False,
     cancel: threading.Event | None = None,
     progress: stored.Progress | None = None,
 ) -> Recoding:
-    """Put the state down to a ref down with a codec.
+    """Put the state down to a ref down with a codec; a lossy one takes what other branches share only if ``shared``.
 
     Raises:
         UnknownCodec
         NothingToDo: no state is stored there.
         RefNotFound, StoreError
     """
-    if codec not in SETTINGS:
+    if codec not in (*SETTINGS, *LOSSY):
         raise UnknownCodec(codec)
     found = survey(session, ref)
     if not found.segments:
         raise NothingToDo(f"no state is stored of {ref}", hint="kvloom show REF says what is held of a turn")
-    done = stored.recode(session.loom.database, found.segments, codec, cancel=cancel, progress=progress)
+    rows = found.segments if shared or codec not in LOSSY else [r for r in found.segments if r not in found.shared]
+    done = stored.recode(session.loom.database, rows, codec, cancel=cancel, progress=progress)
     session.loom.database.checkpoint()
     return Recoding(session.name, ref.at or MAIN, codec, found, done)

@@ -21,14 +21,19 @@ class Held:
     end: int
 
 
-def longest(conn: sa.Connection, match: Match, *, at_most: int, on: int | None = None, on_end: int = 0) -> Held | None:
+def longest(
+    conn: sa.Connection, match: Match, *, at_most: int, on: int | None = None, on_end: int = 0, exact: bool = True
+) -> Held | None:
     """The held state that covers most of a matched path, at most ``at_most`` tokens of it.
 
     With ``on``, only state that goes on from position ``on_end`` of that segment counts: the same tokens
-    computed otherwise have other bits, and a conversation never changes over to those.
+    computed otherwise have other bits, and a conversation never changes over to those. ``exact``: lossy state does not
+    count.
     """
     matched = {position.node: position.depth for position in match.path}
     query = sa.select(segment).where(segment.c.node.in_(list(matched)), segment.c.complete == 1)
+    if exact:
+        query = query.where(segment.c.lossy == 0)
     rows: dict[int, dict[str, Any]] = {}
     for row in conn.execute(query.order_by(segment.c.id)):
         try:

@@ -1,22 +1,36 @@
 """Stored state put down again with another codec: the segments of a path, a few megabytes at a time.
 
+A lossless codec leaves the bits of the state, and so their digests, as they are. A lossy one leaves other rows: the
+segment says so from the first transaction on, and keeps the digest of the exact ones, by which a replay can mend it.
+
 Each transaction swaps some chunks and their entries in the manifest, so that a reader sees either form, and a process
-that dies, or is stopped, leaves a good store. The bits of the state, and so their digests, stay as they are.
+that dies, or is stopped, leaves a good store.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sqlalchemy as sa
 
+from kvloom_proto.codecs import LOSSY
 from kvloom_proto.errors import FormatError
-from kvloom_proto.records import ChunkSpec, Manifest, expand, pack, read_manifest
-from kvloom_store import segments
-from kvloom_store.checksum import checked, update
+from kvloom_proto.records import (
+    ChunkSpec,
+    LayerSpec,
+    Manifest,
+    dtype_of,
+    expand,
+    may_be_lossy,
+    pack,
+    read_manifest,
+)
+from kvloom_store import quantized, segments
+from kvloom_store.checksum import checked, digest, update
+from kvloom_store.codec import Buffer
 from kvloom_store.database import Database
 from kvloom_store.errors import CorruptRow
 from kvloom_store.restore import checked_raw
@@ -31,7 +45,8 @@ class Survey:
     """What the state of a path takes: ``raw`` bytes uncompressed, ``stored`` ones in the file, by codec.
 
     ``segments`` are its segments, in the order in which they stand on one another. ``shared`` of them are those of the
-    branches ``others`` (``session@branch``), too. ``damaged`` ones cannot be read, and are left out of the figures.
+    branches ``others`` (``session@branch``), too; ``lossy`` ones are not exact. ``damaged`` ones cannot be read, and
+    are left out of the figures.
     """
 
     segments: tuple[int, ...]
@@ -39,6 +54,7 @@ class Survey:
     stored: Mapping[str, int]
     shared: frozenset[int]
     others: tuple[str, ...]
+    lossy: frozenset[int]
     damaged: int
 
 
@@ -66,15 +82,18 @@ def survey(conn: sa.Connection, tip: int | None, branch_row: int | None) -> Surv
             others.append(f"{row.session}@{row.branch}")
     stored: dict[str, int] = {}
     raw = damaged = 0
+    lossy = set()
     for number in own:
         found = _read(conn, number)
         if found is None:
             damaged += 1
             continue
+        if found[0]["lossy"]:
+            lossy.add(number)
         for spec in found[1].chunks:
             raw += spec.raw_length
             stored[spec.codec] = stored.get(spec.codec, 0) + spec.stored_length
-    return Survey(tuple(own), raw, stored, frozenset(shared), tuple(others), damaged)
+    return Survey(tuple(own), raw, stored, frozenset(shared), tuple(others), frozenset(lossy), damaged)
 
 
 def recode(
@@ -85,9 +104,10 @@ def recode(
     cancel: threading.Event | None = None,
     progress: Progress | None = None,
 ) -> Recoded:
-    """Put the chunks of some segments down with a codec (one of ``codecs.SETTINGS``).
+    """Put the chunks of some segments down with a codec (one of ``codecs.SETTINGS``, or of ``codecs.LOSSY``).
 
-    Stopped by ``cancel`` it keeps what was done, and can be run again. Chunks that are damaged stay as they are.
+    A lossy one takes rows of floating-point numbers, and leaves all else; what is lossy already stays so. Stopped by
+    ``cancel`` it keeps what was done, and can be run again. Chunks that are damaged stay as they are.
 
     Raises:
         UnknownCodec, StoreUnavailable, StoreLocked
@@ -122,10 +142,11 @@ _Swap = tuple[ChunkSpec, ChunkSpec, bytes]
 def _encoded(
     database: Database, row: int, manifest: Manifest, batch: Sequence[ChunkSpec], codec_name: str
 ) -> tuple[list[_Swap], int]:
-    """Those of some chunks that another codec would store otherwise; and how many cannot be read."""
+    """Those of some chunks that a codec would store otherwise; and how many cannot be read."""
     layers, swaps, unread = expand(manifest.layers), [], 0
     for spec in batch:
-        if spec.codec == codec_name:
+        lossy = codec_name in LOSSY
+        if spec.codec == codec_name or spec.codec in LOSSY or (lossy and not may_be_lossy(layers, spec)):
             continue
         with database.read() as conn:
             found = conn.execute(sa.select(chunk).where(*_key(row, spec))).one_or_none()
@@ -136,10 +157,23 @@ def _encoded(
         except FormatError:
             unread += 1
             continue
-        new, stored = segments.encoded(raw, layers, spec, codec_name)
-        if new != spec:
-            swaps.append((spec, new, stored))
+        new = _quantized(raw, layers, spec, codec_name) if lossy else segments.encoded(raw, layers, spec, codec_name)
+        if new is not None and new[0] != spec:
+            swaps.append((spec, *new))
     return swaps, unread
+
+
+def _quantized(
+    raw: Buffer, layers: list[LayerSpec], spec: ChunkSpec, codec_name: str
+) -> tuple[ChunkSpec, bytes] | None:
+    """A chunk as a lossy codec stores it, with the digest of what it decodes to; None if it cannot store these rows."""
+    dtype = dtype_of(layers, spec)
+    stored = quantized.encode(raw, dtype, codec_name)
+    if stored is None:
+        return None
+    decoded = quantized.decode(stored, dtype, spec.raw_length, codec_name)
+    spec = replace(spec, codec=codec_name, stored_length=len(stored), raw_digest=digest(decoded))
+    return replace(spec, stored_digest=digest(stored)), stored
 
 
 def _swap(database: Database, row: int, swaps: Sequence[_Swap]) -> int:
@@ -156,8 +190,9 @@ def _swap(database: Database, row: int, swaps: Sequence[_Swap]) -> int:
                 sealed = segments.chunk_row(row, new, stored)
                 changed = {name: sealed[name] for name in ("blob", "length", "checksum")}
                 conn.execute(chunk.update().where(*_key(row, new)).values(**changed))
-        after = Manifest(manifest.start, manifest.end, manifest.chunk_tokens, manifest.layers, tuple(chunks.values()))
-        update(conn, segment, values, manifest=pack(after), stored_bytes=after.stored_bytes)
+        after = replace(manifest, chunks=tuple(chunks.values()))
+        lossy = values["lossy"] | segments.CODED * any(spec.codec in LOSSY for spec in after.chunks)
+        update(conn, segment, values, manifest=pack(after), stored_bytes=after.stored_bytes, lossy=lossy)
         return after.stored_bytes - manifest.stored_bytes
 
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import sqlalchemy as sa
 
-from kvloom_proto.codecs import RAW
+from kvloom_proto.codecs import LOSSY, RAW
 from kvloom_proto.errors import ChecksumMismatch, FormatError
 from kvloom_proto.records import (
     STORED_BY_ROW,
@@ -27,9 +27,10 @@ from kvloom_proto.records import (
     Manifest,
     TensorSpec,
     covered,
+    dtype_of,
     expand,
 )
-from kvloom_store import codec
+from kvloom_store import codec, quantized
 from kvloom_store.checksum import checked, digest, row_checksum
 from kvloom_store.errors import CorruptRow
 from kvloom_store.planner import Keyframe, Link, Read, StateDamaged
@@ -84,6 +85,7 @@ def chain(conn: sa.Connection, segment_id: int) -> list[Link]:
                 values["provenance"],
                 values["manifest"],
                 values["schedule"],
+                values["lossy"],
             )
         )
     if links[-1].start != 0:
@@ -234,7 +236,10 @@ def checked_raw(values: dict[str, Any], layers: list[LayerSpec], segment_id: int
     actual = row_checksum(chunk, row)
     if checksum != actual:
         raise ChecksumMismatch(what, checksum, actual)
-    raw = codec.decode(stored, item_bytes(layers, spec), spec.raw_length, spec.codec)
+    if spec.codec in LOSSY:
+        raw = quantized.decode(stored, dtype_of(layers, spec), spec.raw_length, spec.codec)
+    else:
+        raw = codec.decode(stored, item_bytes(layers, spec), spec.raw_length, spec.codec)
     if spec.codec != RAW and digest(raw) != spec.raw_digest:
         raise ChecksumMismatch(what, spec.raw_digest, digest(raw))
     return raw

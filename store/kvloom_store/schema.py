@@ -112,8 +112,11 @@ segment = _table(
     _int("stored_bytes"),
     _int("complete"),
     _int("created"),
+    _int("lossy"),
 )
-"""State of positions [start, end), computed on top of base_segment's rows [0, start). Its last token is in node."""
+"""State of positions [start, end), computed on top of base_segment's rows [0, start). Its last token is in node.
+lossy: 0, or the sum of 1 (its rows are stored with loss; digest is that of the exact ones) and 2 (it was computed on
+rows that were not exact)."""
 
 chunk = _table(
     "chunk",

@@ -6,17 +6,18 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sqlalchemy as sa
 from states import MIXED, Store, at, filled, same_frame, same_rows
 
 from kvloom_proto import codecs
-from kvloom_proto.errors import UnknownCodec
-from kvloom_proto.records import LayerKind
-from kvloom_store import planner, recode, restore, segments
+from kvloom_proto.errors import FormatError, UnknownCodec
+from kvloom_proto.records import ChunkSpec, LayerKind, LayerSpec, Manifest, TensorSpec, pack, read_manifest
+from kvloom_store import planner, quantized, recode, restore, segments
 from kvloom_store.planner import StateDamaged
-from kvloom_store.rows import RowBuffer
-from kvloom_store.schema import chunk
+from kvloom_store.rows import Captured, RowBuffer
+from kvloom_store.schema import chunk, segment
 
 ROWS = [0, 3, 4]
 LENGTH = 600
@@ -162,6 +163,115 @@ def test_a_segment_that_was_removed_meanwhile_is_passed_over(store: Store) -> No
     assert done.damaged > 0
     with store.database.read() as conn:
         assert conn.execute(sa.select(chunk)).all() == []
+
+
+# With loss
+
+
+PLAIN = (LayerSpec(0, 2, LayerKind.ROWS, (TensorSpec("keys", "float32", (2, 64), 1),)),)
+
+
+def finite(length: int, seed: int = 0) -> Captured:
+    source = filled(PLAIN, length, seed=seed)
+    rng = np.random.default_rng(seed)
+    for tensors in source.rows.tensors:
+        for array in tensors:
+            array[...] = rng.standard_normal(array.shape, np.float32).view(np.uint32)
+    return source
+
+
+def lossy_of(store: Store, made: int) -> int:
+    with store.database.read() as conn:
+        return conn.execute(sa.select(segment.c.lossy).where(segment.c.id == made)).scalar_one()
+
+
+@pytest.mark.parametrize("codec", codecs.LOSSY)
+def test_lossy_rows_are_near_the_exact_ones_and_checked_like_them(store: Store, codec: str) -> None:
+    source = finite(300)
+    made = store.write(source, 0, 300)
+    done = recode.recode(store.database, [made], codec)
+    blocks = 300 * 2 * 2 * 64 // 32
+    assert done.after == store.manifest(made).stored_bytes == blocks * quantized.BYTES[codec]
+    assert (lossy_of(store, made), used(store, made)) == (segments.CODED, {codec})
+    rows, _ = store.load(made, 300, PLAIN)
+    exact, found = (each.rows(1, 0, 0, 300).view(np.float32) for each in (source.rows, rows))
+    assert 0 < np.abs(exact - found).max() < 0.5
+    with store.database.read() as conn:
+        blob = conn.execute(sa.select(chunk.c.blob).where(at(made, LayerKind.ROWS, 256))).scalar_one()
+    damaged = bytearray(blob)
+    damaged[77] ^= 1
+    with store.database.write() as conn:
+        conn.execute(chunk.update().where(at(made, LayerKind.ROWS, 256)).values(blob=bytes(damaged)))
+    with pytest.raises(StateDamaged):
+        store.load(made, 300, PLAIN)
+
+
+def test_keyframes_other_dtypes_and_what_is_not_finite_stay_exact(store: Store) -> None:
+    made = written(store)  # random bits of bfloat16 rows: not numbers, many of them
+    recode.recode(store.database, [made], codecs.Q8_0)
+    assert used(store, made) == {codecs.RAW}
+    assert (lossy_of(store, made), is_whole(store, made)) == (0, True)
+    wide = (LayerSpec(0, 1, LayerKind.ROWS, (TensorSpec("keys", "float64", (4,), 0),)),)
+    source = filled(wide, 50)
+    other = store.write(source, 0, 50)
+    assert recode.recode(store.database, [other], codecs.Q8_0).chunks == 0
+
+
+def test_lossy_state_is_never_taken_for_the_exact_one(store: Store) -> None:
+    source = finite(100)
+    made = store.write(source, 0, 100)
+    recode.recode(store.database, [made], codecs.Q8_0)
+    exact = store.write(source, 0, 100)
+    assert exact != made
+    rows, _ = store.load(exact, 100, PLAIN)
+    assert same_rows(source.rows, rows, [0, 1], 0, 100)
+
+
+@pytest.mark.parametrize("codec", [*codecs.LOSSLESS, codecs.Q4_0])
+def test_what_was_lost_is_not_dressed_up_as_something_else(store: Store, codec: str) -> None:
+    made = store.write(finite(100), 0, 100)
+    recode.recode(store.database, [made], codecs.Q8_0)
+    assert recode.recode(store.database, [made], codec).chunks == 0
+    assert (lossy_of(store, made), used(store, made)) == (segments.CODED, {codecs.Q8_0})
+
+
+def test_a_replay_mends_lossy_rows_by_the_digest_of_the_exact_ones(store: Store) -> None:
+    source = finite(300)
+    made = store.write(source, 0, 300)
+    recode.recode(store.database, [made], codecs.Q4_0)
+    assert store.heal(source, made, 0, 300)
+    rows, _ = store.load(made, 300, PLAIN)
+    assert same_rows(source.rows, rows, [0, 1], 0, 300)
+    assert lossy_of(store, made) == 0
+    assert store.write(source, 0, 300) == made
+
+
+def test_what_lossy_rows_decode_to_does_not_mend_them(store: Store) -> None:
+    made = store.write(finite(300), 0, 300)
+    recode.recode(store.database, [made], codecs.Q4_0)
+    rows, _ = store.load(made, 300, PLAIN)
+    assert not store.heal(Captured(rows, {}), made, 0, 300)
+    with pytest.raises(StateDamaged):
+        store.load(made, 300, PLAIN)
+
+
+def test_a_manifest_with_lossy_keyframes_or_integers_is_refused() -> None:
+    for kind, dtype, good in (
+        (LayerKind.ROWS, "bfloat16", True),
+        (LayerKind.ROWS, "int32", False),
+        (LayerKind.KEYFRAME, "float32", False),
+    ):
+        spec = LayerSpec(0, 1, kind, (TensorSpec("keys", dtype, (32,), 0),))
+        rows = kind == LayerKind.ROWS
+        size = spec.row_bytes * (4 if rows else 1)
+        entry = ChunkSpec(kind, 0 if rows else 4, 4 if rows else 0, 0, 1, codecs.Q8_0, size, 34, bytes(16), bytes(16))
+        packed = pack(Manifest(0, 4, 256, (spec,), (entry,)))
+        if good:
+            assert read_manifest(packed).chunks == (entry,)
+            continue
+        with pytest.raises(FormatError) as error:
+            read_manifest(packed)
+        assert error.value.field == "chunk.codec"
 
 
 def test_an_unknown_codec_changes_nothing(store: Store) -> None:
