@@ -99,7 +99,7 @@ _STATE = [
     )
 ]
 _SEGMENT = [
-    segment.c[name] for name in ("id", "node", "start", "end", "base_segment", "complete", "provenance", "stored_bytes")
+    segment.c[name] for name in ("id", "node", "start", "end", "base_segment", "complete", "lossy", "provenance", "stored_bytes")
 ]
 
 
@@ -144,8 +144,8 @@ class _Held:
             if row not in self.rows:
                 self.rows.update(_rows(self._conn, segment, segment.c.id, [row], _SEGMENT))
             values = self.rows.get(row)
-            if values is None or not values["complete"] or values["end"] < upto:
-                return None
+            if values is None or not values["complete"] or values["lossy"] or values["end"] < upto:
+                return None  # what is not exact stays behind: there it is computed again
             if values["start"] < upto:
                 return row
             row = values["base_segment"]

@@ -38,6 +38,14 @@ def heal(database: Database, source: Captured, segment_id: int, draft: segments.
         if values["base_segment"] != draft.base_segment:  # what it stood on could not be mended
             update(conn, segment, values, complete=0)
             return False
+        if (
+            values["lossy"] & segments.CODED
+        ):  # its chunks are those of other rows: the digest is still of the exact ones
+            if row.digest == segments.content_digest(draft, segments.plan(source, draft)):
+                _rewrite(conn, source, segment_id, draft, row.digest, codec_name)
+                return True
+            update(conn, segment, values, complete=0)
+            return False
         layers, whole = expand(manifest.layers), []
         if set(manifest.keyframes) - set(source.frames):  # kept at another spacing
             update(conn, segment, values, complete=0)
@@ -90,5 +98,6 @@ def _rewrite(
         "stored_bytes": manifest.stored_bytes,
         "complete": 1,
         "created": now_us(),
+        "lossy": segments.DERIVED if draft.lossy else 0,
     }
     conn.execute(segment.update().where(segment.c.id == segment_id).values(**checksum.sealed(segment, values)))

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import sqlalchemy as sa
 
-from kvloom_proto.codecs import RAW
+from kvloom_proto.codecs import LOSSY, RAW
 from kvloom_proto.errors import ChecksumMismatch, FormatError
 from kvloom_proto.records import (
     STORED_BY_ROW,
@@ -27,9 +27,10 @@ from kvloom_proto.records import (
     Manifest,
     TensorSpec,
     covered,
+    dtype_of,
     expand,
 )
-from kvloom_store import codec
+from kvloom_store import codec, quantized
 from kvloom_store.checksum import checked, digest, row_checksum
 from kvloom_store.errors import CorruptRow
 from kvloom_store.planner import Keyframe, Link, Read, StateDamaged
@@ -81,7 +82,7 @@ def chain(conn: sa.Connection, segment_id: int) -> list[Link]:
 
 
 def _link(values: Mapping[str, Any]) -> Link:
-    names = ("id", "node", "start", "end", "base_segment", "provenance", "manifest", "schedule")
+    names = ("id", "node", "start", "end", "base_segment", "provenance", "manifest", "schedule", "lossy")
     return Link(*(values[name] for name in names))
 
 
@@ -264,7 +265,10 @@ def checked_blob(values: dict[str, Any], segment_id: int, spec: ChunkSpec) -> by
 def checked_raw(values: dict[str, Any], layers: list[LayerSpec], segment_id: int, spec: ChunkSpec) -> codec.Buffer:
     """The raw bytes of a chunk's row, if it is what was written. Raises FormatError, ChecksumMismatch among them."""
     stored = checked_blob(values, segment_id, spec)
-    raw = codec.decode(stored, item_bytes(layers, spec), spec.raw_length, spec.codec)
+    if spec.codec in LOSSY:
+        raw = quantized.decode(stored, dtype_of(layers, spec), spec.raw_length, spec.codec)
+    else:
+        raw = codec.decode(stored, item_bytes(layers, spec), spec.raw_length, spec.codec)
     if spec.codec != RAW and digest(raw) != spec.raw_digest:
         what = f"chunk {spec.layer} at {spec.position} of segment {segment_id}"
         raise ChecksumMismatch(what, spec.raw_digest, digest(raw))
