@@ -15,7 +15,6 @@ import sqlalchemy as sa
 
 from kvloom_proto.errors import ChecksumMismatch, FormatError
 from kvloom_proto.records import (
-    ITEM_BYTES,
     STORED_BY_ROW,
     ChunkSpec,
     LayerKind,
@@ -31,6 +30,7 @@ from kvloom_store.errors import CorruptRow
 from kvloom_store.planner import Keyframe, Link, Read, StateDamaged
 from kvloom_store.rows import Frame, Rows, RowSource, element_type, shape_with
 from kvloom_store.schema import chunk, segment
+from kvloom_store.segments import item_bytes
 
 QUERY_SEGMENTS = 500
 """Segments asked for in one query: databases bound the number of parameters."""
@@ -214,9 +214,10 @@ def _checked_raw(values: dict[str, Any], layers: list[LayerSpec], segment_id: in
     actual = row_checksum(chunk, row)
     if checksum != actual:
         raise ChecksumMismatch(what, checksum, actual)
-    items = {ITEM_BYTES[tensor.dtype] for number in covered(layers, spec) for tensor in layers[number].tensors}
-    raw = codec.decode(stored, items.pop() if len(items) == 1 else 1, spec.raw_length, spec.codec)
-    if spec.codec != codec.RAW and digest(raw) != spec.raw_digest:
+    if spec.codec == codec.RAW:
+        return codec.decode(stored, 1, spec.raw_length, spec.codec)
+    raw = codec.decode(stored, item_bytes(layers, spec), spec.raw_length, spec.codec)
+    if digest(raw) != spec.raw_digest:
         raise ChecksumMismatch(what, spec.raw_digest, digest(raw))
     return raw
 
