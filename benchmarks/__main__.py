@@ -17,7 +17,7 @@ def main() -> None:
     parts = {
         "fork": fork.run,
         "first_token": lambda: first_token.run(rounds=1 if quick else 3),
-        "replies": lambda: replies.run(3, replies=50, dtypes=("float32",)) if quick else replies.run(),
+        "replies": lambda: replies.run(3, tokens=1024, replies=50, dtypes=("float32",)) if quick else replies.run(),
         "tree": lambda: tree.run(branches=2, exchanges=2) if quick else tree.run(),
         "windows": lambda: windows.run(lengths=(2000,)) if quick else windows.run(),
         "keyframes": lambda: keyframes.run(exchanges=4, points=20) if quick else keyframes.run(),
