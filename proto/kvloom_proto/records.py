@@ -416,7 +416,8 @@ def _check_covered_once(manifest: Manifest) -> None:
             raise FormatError("a chunk's length is not that of its state", field="chunk.raw_length")
     if set(reach.values()) - {manifest.end}:
         raise FormatError("the chunks do not cover every row", field="manifest.chunks")
-    if len(frames) != sum(spec.kind == LayerKind.KEYFRAME for spec in layers) * len(manifest.keyframes):
+    whole = sum(spec.kind == LayerKind.KEYFRAME for spec in layers) if frames else 0
+    if len(frames) != whole * len({position for position, _ in frames}):
         raise FormatError("a keyframe lacks some of its layers", field="manifest.chunks")
 
 

@@ -456,7 +456,9 @@ class Resumer:
         if tip is not None and len(ids) <= tip.end:
             return None
         with self.database.read() as conn:
-            match = trie.match(conn, self.root, ids)
+            # From where the tip's state ends: before that there may be hundreds of edges, each a query.
+            held_to = trie.just_before(conn, tip.position.node, tip.state_end) if tip is not None else None
+            match = trie.match(conn, self.root, ids, start_at=held_to)
         if tip is not None and match.known <= tip.end:
             return None
         # What is found must not depend on how far the writer has got.

@@ -135,7 +135,7 @@ class _Held:
         for row in _bases_first({each: self.rows[each] for each in self._ends}, "base_segment"):
             values, end = self.rows[row], self._ends[row]
             base = self._below(values["base_segment"], values["start"]) if values["start"] else None
-            found.append(PlannedSegment(row, end, base, trie.node_before(self._conn, values["node"], end)))
+            found.append(PlannedSegment(row, end, base, trie.just_before(self._conn, values["node"], end).node))
         return found
 
     def _below(self, row: int | None, upto: int) -> int | None:

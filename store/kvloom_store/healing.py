@@ -86,7 +86,7 @@ def _rewrite(
     manifest = Manifest(draft.start, draft.end, limits.CHUNK_TOKENS, draft.layers, tuple(done))
     values = {
         "id": segment_id,
-        "node": trie.node_before(conn, draft.node, draft.end),
+        "node": trie.just_before(conn, draft.node, draft.end).node,
         "start": draft.start,
         "end": draft.end,
         "base_segment": draft.base_segment,

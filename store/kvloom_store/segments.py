@@ -165,7 +165,7 @@ def write(
     planned = plan(source, draft)
     content = content_digest(draft, planned)
     with database.read() as conn:  # a turn may end in another node than its state does
-        draft = replace(draft, node=trie.node_before(conn, draft.node, draft.end))
+        draft = replace(draft, node=trie.just_before(conn, draft.node, draft.end).node)
     with database.write(background=True) as conn:
         same = _find_same(conn, draft, content)
         if same is not None:
