@@ -6,6 +6,7 @@ the file (segment, kind, layer, position), checks each one and copies its rows s
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -25,7 +26,7 @@ from kvloom_proto.records import (
     covered,
     expand,
 )
-from kvloom_store import codec
+from kvloom_store import codec, sqlite
 from kvloom_store.checksum import checked, digest, row_checksum
 from kvloom_store.errors import CorruptRow
 from kvloom_store.planner import Keyframe, Link, Read, StateDamaged
@@ -35,6 +36,9 @@ from kvloom_store.schema import chunk, segment
 QUERY_SEGMENTS = 500
 """Segments asked for in one query: databases bound the number of parameters."""
 
+MAPPED_BYTES = 192 << 20
+"""More state than this is read without mapping the file: mapped pages count as the program's memory, which would be
+twice the state. Less is read mapped, which takes three quarters of the time (benchmarks/NOTES.md)."""
 
 _Wanted = dict[tuple[int, int, int], tuple[Read, Manifest, ChunkSpec]]
 """Chunks to read, by segment, layer and position: the read that each is for, and how it was written."""
@@ -92,7 +96,7 @@ def load(
         StateDamaged: a chunk is missing or not what was written.
     """
     by_id = {link.id: link for link in links}
-    total = 0
+    plans: list[tuple[LayerKind, Sequence[Read], _Wanted]] = []
     for kind in STORED_BY_ROW:
         reads = windows if kind == LayerKind.WINDOW else rows
         wanted = {
@@ -102,8 +106,10 @@ def load(
             if spec.kind == kind and read.start < spec.position + spec.tokens and spec.position < read.end
         }
         if wanted:
-            total += _load_wanted(conn, kind, reads, wanted, sink)
-    return total
+            plans.append((kind, reads, wanted))
+    size = sum(spec.stored_length for _, _, wanted in plans for _, _, spec in wanted.values())
+    with contextlib.nullcontext() if size <= MAPPED_BYTES else sqlite.unmapped(conn):
+        return sum(_load_wanted(conn, kind, reads, wanted, sink) for kind, reads, wanted in plans)
 
 
 def _load_wanted(
