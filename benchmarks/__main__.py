@@ -9,7 +9,7 @@ import json
 import os
 import sys
 
-from benchmarks import explore, first_token, fork, grid, keyframes, shared_prompts, siblings, tree, windows
+from benchmarks import explore, first_token, fork, grid, keyframes, long, scale, shared_prompts, siblings, tree, windows
 
 
 def main() -> None:
@@ -22,6 +22,8 @@ def main() -> None:
         "keyframes": lambda: keyframes.run(exchanges=4, points=20) if quick else keyframes.run(),
         "shared_prompts": lambda: shared_prompts.run(prompts=6) if quick else shared_prompts.run(),
         "siblings": lambda: siblings.run(1, steps=16, dtypes=("float32",)) if quick else siblings.run(),
+        "scale": lambda: scale.measure(quick),
+        "long": lambda: long.measure(quick),
         "explore": lambda: explore.run(depth=3, kills=1) if quick else explore.run(),
     }
     if not quick:
