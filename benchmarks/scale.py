@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -206,7 +207,7 @@ def measure(quick: bool = False) -> dict[str, Any]:
         engine = engine_of("llama", TINY, name="tiny llama")
         subjects = [Subject(each, engine) for each in made]
         found["operations"] = {
-            operation: _grown(_interleaved(subjects, operation, max(2, rounds // 50) if quick else rounds))
+            operation: _grown(*_interleaved(subjects, operation, max(2, rounds // 50) if quick else rounds))
             for operation, rounds in ROUNDS.items()
         }
         found["commands"] = {
@@ -217,19 +218,23 @@ def measure(quick: bool = False) -> dict[str, Any]:
     return found
 
 
-def _interleaved(subjects: list[Subject], operation: str, rounds: int) -> list[list[float]]:
-    """Milliseconds of an operation on each store, one store after the other in each round."""
+def _interleaved(subjects: list[Subject], operation: str, rounds: int) -> tuple[list[list[float]], list[list[float]]]:
+    """Milliseconds of an operation on each store, one store after the other in each round; and of processor time."""
     times: list[list[float]] = [[] for _ in subjects]
+    used: list[list[float]] = [[] for _ in subjects]
     for _ in range(rounds):
-        for subject, taken in zip(subjects, times, strict=True):
+        for number, subject in enumerate(subjects):
             action = getattr(subject, operation)()
-            taken.append(timed(action)[0] * 1000)
-    return times
+            before = time.process_time()
+            times[number].append(timed(action)[0] * 1000)
+            used[number].append((time.process_time() - before) * 1000)
+    return times, used
 
 
-def _grown(times: list[list[float]]) -> dict[str, Any]:
+def _grown(times: list[list[float]], used: list[list[float]] | None = None) -> dict[str, Any]:
     medians = [statistics.median(each) for each in times]
-    return {"median": medians, "p99": [_p99(each) for each in times], "growth": medians[-1] / medians[0]}
+    found = {"median": medians, "p99": [_p99(each) for each in times], "growth": medians[-1] / medians[0]}
+    return found | ({"processor": _grown(used)} if used else {})
 
 
 def _p99(values: list[float]) -> float:
@@ -261,7 +266,7 @@ def _odd_shapes(folder: Path, wide: int, deep: int) -> dict[str, Any]:
         subject = Subject(builder.finish(), None)
         found[name] = {
             "nodes": subject.made.nodes,
-            "operations": {each: _grown(_interleaved([subject], each, 10)) for each in ODD},
+            "operations": {each: _grown(*_interleaved([subject], each, 10)) for each in ODD},
             "commands": {each: _grown(_processes([subject.made.path], each, name, 1)) for each in ("tree", "log")},
         }
     return found
@@ -279,9 +284,11 @@ def show(found: dict[str, Any]) -> str:
         odd = [_only(found[shape]["commands"].get(name)) for shape in ("wide", "deep")]
         rows.append([f"kvloom {name}", *each["median"], None, each["growth"], *odd])
     match = found["operations"]["match"]
+    used = match["processor"]
     bars = (
         f"match among {found['tokens'][-1]:,} tokens: median {match['median'][-1]:.2f} ms (at most {MEDIAN_MS}), 99th "
-        f"percentile {match['p99'][-1]:.2f} (at most {P99_MS}), grown {match['growth']:.2f} times (at most {GROWTH})"
+        f"percentile {match['p99'][-1]:.2f} (at most {P99_MS}), grown {match['growth']:.2f} times (at most {GROWTH});\n"
+        f"of processor time: {used['median'][-1]:.2f} ms, {used['p99'][-1]:.2f}, {used['growth']:.2f} times"
     )
     return f"{table(head, rows)}\n{bars}"
 
