@@ -99,7 +99,8 @@ _STATE = [
     )
 ]
 _SEGMENT = [
-    segment.c[name] for name in ("id", "node", "start", "end", "base_segment", "complete", "lossy", "provenance", "stored_bytes")
+    segment.c[name]
+    for name in ("id", "node", "start", "end", "base_segment", "complete", "lossy", "provenance", "stored_bytes")
 ]
 
 

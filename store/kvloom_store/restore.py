@@ -7,6 +7,7 @@ is unpacked on other threads, while the next blobs are read.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections import deque
@@ -30,7 +31,7 @@ from kvloom_proto.records import (
     dtype_of,
     expand,
 )
-from kvloom_store import codec, quantized
+from kvloom_store import codec, quantized, sqlite
 from kvloom_store.checksum import checked, digest, row_checksum
 from kvloom_store.errors import CorruptRow
 from kvloom_store.planner import Keyframe, Link, Read, StateDamaged
@@ -43,6 +44,10 @@ QUERY_SEGMENTS = 500
 
 DECODERS = min(os.cpu_count() or 1, 4)
 """Threads that unpack, and chunks that wait for one: each holds its packed and its raw bytes."""
+
+MAPPED_BYTES = 400 << 20
+"""More state than this is read without mapping the file: mapped pages count as the program's memory, which would be
+twice the state. Less is read mapped, which takes three quarters of the time (benchmarks/NOTES.md)."""
 
 
 _Wanted = dict[tuple[int, int, int], tuple[Read, Manifest, ChunkSpec]]
@@ -125,7 +130,7 @@ def load(
         StateDamaged: a chunk is missing or not what was written.
     """
     by_id = {link.id: link for link in links}
-    total = 0
+    plans: list[tuple[LayerKind, Sequence[Read], _Wanted]] = []
     for kind in STORED_BY_ROW:
         reads = windows if kind == LayerKind.WINDOW else rows
         wanted = {
@@ -135,8 +140,10 @@ def load(
             if spec.kind == kind and read.start < spec.position + spec.tokens and spec.position < read.end
         }
         if wanted:
-            total += _load_wanted(conn, kind, reads, wanted, sink)
-    return total
+            plans.append((kind, reads, wanted))
+    size = sum(spec.stored_length for _, _, wanted in plans for _, _, spec in wanted.values())
+    with contextlib.nullcontext() if size <= MAPPED_BYTES else sqlite.unmapped(conn):
+        return sum(_load_wanted(conn, kind, reads, wanted, sink) for kind, reads, wanted in plans)
 
 
 def _load_wanted(
