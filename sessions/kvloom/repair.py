@@ -177,4 +177,4 @@ def _settle(loom: KVLoom, segment: int, told: Told, cancel: threading.Event | No
             told(f"segment {segment} was written anew from its turn's passes, and is what it was, bit for bit")
     if not whole and not _mended(loom, segment, told, cancel, progress):
         repair.forget_state(loom.database, segment)
-        told(f"segment {segment} was taken out of use; what its turns need of it is computed when they need it")
+        told(f"segment {segment} was taken out of use: its turns have state of their own, or get it when they need it")
