@@ -31,39 +31,59 @@ def set_aside(conn: sa.Connection, table: sa.Table, rowid: int, why: str) -> int
     values = scan.row_at(conn, table, rowid)
     if values is None:
         return 0
-    before = values["parent"] if table is turn else None
-    count = _remove(conn, table, values, rowid, why, before)
+    removal = _Removal(conn, values["parent"] if table is turn else None)
+    removal.remove(table, rowid, why)
     if table is branch:
         _recover(conn, values)
-    return count
+    return removal.count
 
 
-def _remove(conn: sa.Connection, table: sa.Table, values: dict[str, Any], rowid: int, why: str, before: Any) -> int:
-    """A row and all that names it, from the tips down: foreign keys are checked row by row."""
-    count = 1
-    row: Any = values.get("id")
-    for child, column in _naming(table) if row is not None else ():
-        for number in scan.rowids(conn, child, column, row):
-            below = scan.row_at(conn, child, number)
-            if below is None or (child is table and number == rowid):
-                continue
-            if child is branch and column == "turn":
-                _put(conn, child, number, below, turn=_at_or_above(conn, below, before))
-            elif (child.name, column) in RELEASED:
-                _put(conn, child, number, below, **{column: None})
-            else:
-                count += _remove(conn, child, below, number, f"it stood on {table.name} {row}", before)
-    if table.name not in CACHE_OF_STATE:
+class _Removal:
+    """A row and all that names it, taken away from the tips down: foreign keys are checked row by row."""
+
+    def __init__(self, conn: sa.Connection, above: Any) -> None:
+        self._conn = conn
+        self._above = above  # where branches go whose turn is taken away
+        self._begun: set[tuple[str, int]] = set()  # rows that name each other in a circle are met again
+        self.count = 0
+
+    def remove(self, table: sa.Table, rowid: int, why: str) -> None:
+        """Take a row away; what was said is kept as it was found."""
+        values = scan.row_at(self._conn, table, rowid)
+        if values is None or (table.name, rowid) in self._begun:
+            return
+        self._begun.add((table.name, rowid))
+        row: Any = values.get("id")
+        for child, column in _naming(table) if row is not None else ():
+            for number in scan.rowids(self._conn, child, column, row):
+                self._let_go(child, column, number, f"it stood on {table.name} {row}")
+        if table.name not in CACHE_OF_STATE:
+            self._keep(table, values, why)
+        scan.delete_at(self._conn, table, rowid)
+        self.count += 1
+
+    def _let_go(self, child: sa.Table, column: str, rowid: int, why: str) -> None:
+        values = scan.row_at(self._conn, child, rowid)
+        if values is None:
+            return
+        if child is branch and column == "turn":
+            _put(self._conn, child, rowid, values, turn=_at_or_above(self._conn, values, self._above))
+        elif (child.name, column) in RELEASED:
+            _put(self._conn, child, rowid, values, **{column: None})
+        elif (child.name, rowid) in self._begun:
+            scan.put_at(self._conn, child, rowid, {column: None})
+        else:
+            self.remove(child, rowid, why)
+
+    def _keep(self, table: sa.Table, values: dict[str, Any], why: str) -> None:
         kept = {
-            "id": allocate(conn, quarantine),
+            "id": allocate(self._conn, quarantine),
             "of": table.name,
             "cells": msgpack.packb(values),
             "why": msgpack.packb(why),
             "created": now_us(),
         }
-        insert(conn, quarantine, kept)
-    scan.delete_at(conn, table, rowid)
-    return count
+        insert(self._conn, quarantine, kept)
 
 
 def _naming(table: sa.Table) -> Iterator[tuple[sa.Table, str]]:

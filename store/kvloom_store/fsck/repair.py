@@ -164,7 +164,12 @@ def _mend(database: Database, step: Step) -> Iterator[str]:
 
 
 def _remake(database: Database, step: Step) -> Iterator[str]:
-    for table, rowid, _ in _damaged(database, step):
+    wrong = {
+        int(each.row[0])
+        for each in step.findings
+        if each.kind == Kind.VALUE and each.table == provenance.name and each.row
+    }
+    for table, rowid in [*((each[0], each[1]) for each in _damaged(database, step)), *((provenance, n) for n in wrong)]:
         with database.write() as conn:
             if table is provenance:
                 scan.put_at(conn, table, rowid, _unknown(rowid))
