@@ -314,8 +314,8 @@ class Resumer:
             if self._heal(live, tip.segment, tip.position.node, tip.schedule, by, tip.row):
                 return
             account.notices.append(
-                f"tokens {tip.state_start} to {tip.state_end} came out with other bits than were stored (another"
-                " processor or build, or other state below): they are kept as a fresh variant in the place of the old"
+                f"tokens {tip.state_start} to {tip.state_end} are kept as a fresh variant: what was stored cannot be"
+                " told, or came out with other bits (another processor or build, or other state below)"
             )
             with self.database.write() as conn:
                 by = segments.add_provenance(conn, self.engine.provenance())
@@ -337,6 +337,9 @@ class Resumer:
             return False
         live.take_captured()
         live.chain.append(Link(Handle(segment, state), start, end, lossy))
+        if state is not None:  # what it stands on may have been stored anew
+            with self.database.write() as conn:
+                turns.set_segment(conn, state, segment, base)
         return True
 
     def _load_or_empty(
