@@ -18,6 +18,7 @@ from benchmarks.common import machine, spread, words
 
 TOKENS = 4096
 REPLIES = 200
+NEW = 16
 NAMES = ("replies", "prompt")
 DTYPES = ("float32", "bfloat16")
 QUICK = {"rounds": 1, "tokens": 512, "replies": 10, "dtypes": ("float32",)}
@@ -65,7 +66,7 @@ def measure(folder: Path, dtype: str, rounds: int) -> dict[str, Any]:
                 with loom.database.read() as conn:
                     tip = turns.states_of_session(conn, session.row.row)[-1]
                     ids = trie.tokens_to(conn, tip.position.node, tip.position.offset)
-                live, account = loom.resumer.resume(ids, tip, room=64, logits=False)
+                live, account = loom.resumer.resume([*ids, *ids[:NEW]], tip, room=64)  # as for a message of NEW tokens
                 assert account.reused == live.length == len(ids)
                 segments[name] = len({link.handle.segment for link in live.chain})
                 seconds[name] += [account.seconds] if number else []

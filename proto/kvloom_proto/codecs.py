@@ -14,3 +14,12 @@ AUTO = "auto"
 
 SETTINGS = (*LOSSLESS, AUTO)
 """What may be asked for when state is stored."""
+
+Q8_0 = "q8_0"
+Q4_0 = "q4_0"
+
+LOSSY = (Q8_0, Q4_0)
+"""What may be asked for, by name, of state that is stored already: its rows come back as other ones."""
+
+LOSSY_DTYPES = ("float32", "bfloat16", "float16")
+"""Of rows of these; never of keyframes."""

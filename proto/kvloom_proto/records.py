@@ -15,7 +15,7 @@ from functools import cached_property, lru_cache
 
 from google.protobuf.message import Message
 
-from kvloom_proto import limits
+from kvloom_proto import codecs, limits
 from kvloom_proto import state_pb2 as pb
 from kvloom_proto.errors import FormatError
 from kvloom_proto.messages import VERSION, check_limit, parse
@@ -197,6 +197,17 @@ def expand(layers: tuple[LayerSpec, ...]) -> list[LayerSpec]:
 def covered(layers: list[LayerSpec], chunk: ChunkSpec) -> list[int]:
     """The layers whose state is in a chunk: those of its range that are of its kind, in order."""
     return [n for n in range(chunk.layer, chunk.layer + chunk.layers) if layers[n].kind == chunk.kind]
+
+
+def dtype_of(layers: list[LayerSpec], chunk: ChunkSpec) -> str:
+    """The dtype of all elements of a chunk; "" where they differ."""
+    dtypes = {tensor.dtype for number in covered(layers, chunk) for tensor in layers[number].tensors}
+    return dtypes.pop() if len(dtypes) == 1 else ""
+
+
+def may_be_lossy(layers: list[LayerSpec], chunk: ChunkSpec) -> bool:
+    """Whether a chunk holds what a lossy codec may be asked for."""
+    return chunk.kind in STORED_BY_ROW and dtype_of(layers, chunk) in codecs.LOSSY_DTYPES
 
 
 def chunk_raw_bytes(layers: list[LayerSpec], chunk: ChunkSpec) -> int:
@@ -399,11 +410,14 @@ def _check_covered_once(manifest: Manifest) -> None:
             reach.update(dict.fromkeys(here, chunk.position + chunk.tokens))
         if not here or twice:
             raise FormatError("state is stored twice, or for no layer", field="chunk.layer")
+        if chunk.codec in codecs.LOSSY and not may_be_lossy(layers, chunk):
+            raise FormatError("only rows of floating-point numbers may be stored with loss", field="chunk.codec")
         if chunk.raw_length != chunk_raw_bytes(layers, chunk):
             raise FormatError("a chunk's length is not that of its state", field="chunk.raw_length")
     if set(reach.values()) - {manifest.end}:
         raise FormatError("the chunks do not cover every row", field="manifest.chunks")
-    if len(frames) != sum(spec.kind == LayerKind.KEYFRAME for spec in layers) * len(manifest.keyframes):
+    whole = sum(spec.kind == LayerKind.KEYFRAME for spec in layers) if frames else 0
+    if len(frames) != whole * len({position for position, _ in frames}):
         raise FormatError("a keyframe lacks some of its layers", field="manifest.chunks")
 
 

@@ -8,7 +8,7 @@ Tensors that a pass overwrites in place are copied at the points worth coming ba
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -54,11 +54,15 @@ def rows_of(spec: LayerSpec, tensors: list[torch.Tensor], number: int, start: in
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """Rows [start, end) of the live state belong to this stored, or about to be stored, segment."""
+    """Rows [start, end) of the live state belong to this stored, or about to be stored, segment.
+
+    ``lossy``: they are not the exact ones, or were computed on such.
+    """
 
     handle: Handle
     start: int
     end: int
+    lossy: bool = False
 
 
 @dataclass(eq=False)
@@ -200,7 +204,7 @@ class LiveState:
         state is not ``ready`` any more.
         """
         self.show(min(self.length, tokens))
-        self.chain = [Link(k.handle, k.start, min(k.end, tokens)) for k in self.chain if k.start < tokens]
+        self.chain = [replace(k, end=min(k.end, tokens)) for k in self.chain if k.start < tokens]
         self.hidden = None
         if tokens == 0:
             self.window_base = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,7 @@ from transformers import DynamicCache
 
 from kvloom.errors import UnsupportedInput
 from kvloom.layers import row_tensors, states_of
-from kvloom.live import Link, LiveState, rows_of, to_bits
+from kvloom.live import LiveState, rows_of, to_bits
 from kvloom.overwritten import StateList
 from kvloom.resume import Resumer
 from kvloom.row_layers import RowLayer, WindowLayer, same_bits
@@ -151,7 +152,7 @@ def _share_prefix(loom: KVLoom, resumer: Resumer, live: LiveState, ids: Sequence
             "what is stored",
             hint="look the tokens up again, and run what is new on that cache",
         )
-    live.chain = [Link(k.handle, k.start, min(k.end, same)) for k in stored.chain if k.start < same]
+    live.chain = [replace(k, end=min(k.end, same)) for k in stored.chain if k.start < same]
 
 
 def _same_frames(a: LiveState, b: LiveState) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from kvloom.errors import CorruptRow, EngineError, StoreError
 from kvloom_store import refs, restore, trie, turns
 from kvloom_store.fsck import repair
+from kvloom_store.fsck.segments import is_whole
 from kvloom_store.planner import StateDamaged
 
 if TYPE_CHECKING:
@@ -122,6 +123,8 @@ def _by_start(loom: KVLoom, segments: Sequence[int]) -> list[int]:
 def _mended(loom: KVLoom, segment: int, told: Told, cancel: threading.Event | None, progress: Progress | None) -> bool:
     try:
         done = loom.resumer.mend(segment, cancel=cancel, progress=progress)
+        with loom.database.read() as conn:  # its rows may be right, and what it says of them wrong
+            done = done and is_whole(conn, segment)
     except (StoreError, EngineError):  # its row, what it stands on, or its passes: its turns may know more
         return False
     if done:
@@ -166,15 +169,9 @@ def _broken(loom: KVLoom) -> Iterator[TurnState]:
 def _settle(loom: KVLoom, segment: int, told: Told, cancel: threading.Event | None, progress: Progress | None) -> None:
     """Say what became of a segment that its own passes did not mend at first; what nobody can mend is forgotten."""
     with loom.database.read() as conn:
-        try:
-            link = restore.chain(conn, segment)[-1]
-            for _ in restore.read_back(conn, link, link.end):
-                pass
-        except StateDamaged:
-            whole = False
-        else:
-            whole = True
-            told(f"segment {segment} was written anew from its turn's passes, and is what it was, bit for bit")
-    if not whole and not _mended(loom, segment, told, cancel, progress):
+        whole = is_whole(conn, segment)
+    if whole:
+        told(f"segment {segment} was written anew from its turn's passes, and is what it was, bit for bit")
+    elif not _mended(loom, segment, told, cancel, progress):
         repair.forget_state(loom.database, segment)
-        told(f"segment {segment} was taken out of use; what its turns need of it is computed when they need it")
+        told(f"segment {segment} was taken out of use: its turns have state of their own, or get it when they need it")

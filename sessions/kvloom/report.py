@@ -62,13 +62,15 @@ class Restored:
 
     ``rows`` were read of layers that see every token, ``window_rows`` of layers that see the last few (0: they were in
     memory). State that is overwritten in place came from the keyframe at position ``keyframe`` (None: the model has no
-    such state), and the recorded passes from there were run again. ``bytes_read`` is what all that is in the file.
+    such state), and the recorded passes from there were run again. ``bytes_read`` is what all that is in the file. The
+    state of ``lossy`` of the reused tokens is not exact: it was stored with loss, or follows from such state.
     """
 
     rows: int = 0
     window_rows: int = 0
     keyframe: int | None = None
     bytes_read: int = 0
+    lossy: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from kvloom.prefetch import Prefetch
 from kvloom_proto.records import LayerKind, Schedule
 from kvloom_store import healing, held, planner, restore, segments, trie, turns
 from kvloom_store.database import Database
-from kvloom_store.planner import StateDamaged
+from kvloom_store.planner import StateDamaged, StateInexact
 from kvloom_store.rows import Captured, RowBuffer
 from kvloom_store.turns import TurnState
 from kvloom_store.writer import Handle, Job, Writer
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 @dataclass(slots=True)
 class Account:
     """What bringing back cost: tokens loaded, tokens run again, seconds, what was read (``report.Restored``), and what
-    the user should be told. ``whole``: rows behind windows are wanted, too."""
+    the user should be told. Of the loaded tokens, the rows of ``lossy`` are not exact. ``whole``: rows behind windows
+    are wanted, too; ``exact``: rows that are not exact count as missing."""
 
     reused: int = 0
     replayed: int = 0
@@ -46,7 +47,9 @@ class Account:
     window_rows: int = 0
     keyframe: int | None = None
     bytes_read: int = 0
+    lossy: int = 0
     whole: bool = False
+    exact: bool = False
     notices: list[str] = field(default_factory=list)
 
 
@@ -69,6 +72,7 @@ class Resumer:
         room: int,
         logits: bool = True,
         whole: bool = False,
+        exact: bool = False,
         require_reuse: bool = False,
         cancel: threading.Event | None = None,
         progress: Progress | None = None,
@@ -78,12 +82,13 @@ class Resumer:
         ``tip`` is the state that must be gone on from: ``ids`` begin with its tokens, or with some of them and end
         there. None takes whatever is held of ``ids``. ``room`` tokens more will be run. If all of ``ids`` is held,
         ``live.hidden`` is set, unless no ``logits`` are wanted; where no hidden state is kept of the last token, that
-        token is left to be run. ``whole``: load all rows of windows, not only those that are still seen.
+        token is left to be run. ``whole``: load all rows of windows, not only those that are still seen. ``exact``:
+        replay what is held with loss only.
 
         Raises:
             ReuseRequired: ``require_reuse``, and something would have to be replayed.
         """
-        began, account = time.perf_counter(), Account(whole=whole)
+        began, account = time.perf_counter(), Account(whole=whole, exact=exact)
         live = self._live(len(ids) + room)
         if self._ahead is not None and self._ahead.plan is not None:
             _count(account, self._ahead.plan.rows, self._ahead.plan.windows, self._ahead.bytes_read)
@@ -98,6 +103,12 @@ class Resumer:
                 live.hidden = hidden_tensor(known, tip.hidden_dtype, self.engine.device)
         self._load_more(live, ids, tip, account, logits, cancel, progress)
         account.reused = live.length - account.replayed
+        account.lossy = sum(link.end - link.start for link in live.chain if link.lossy)
+        if account.lossy:
+            account.notices.append(
+                f"the state of {account.lossy:,} of {live.length:,} tokens is lossy: it was stored with loss, or "
+                "follows from such state"
+            )
         account.seconds = time.perf_counter() - began
         return live, account
 
@@ -129,14 +140,16 @@ class Resumer:
             return
         handle = Handle(state=state)
         base = live.chain[-1].handle if live.chain else None
-        source = live.take_captured()
-        self.writer.submit(Job(handle, source, position.node, start, end, base, live.layers, schedule, provenance))
-        live.chain.append(Link(handle, start, end))
+        source, lossy = live.take_captured(), _is_lossy(live)
+        self.writer.submit(
+            Job(handle, source, position.node, start, end, base, live.layers, schedule, provenance, lossy)
+        )
+        live.chain.append(Link(handle, start, end, lossy))
 
     def leave(self, live: Held, state: int) -> None:
         """Let rows count as a turn's without storing them: a run without reuse keeps its schedule, not its state."""
         if live.length > live.captured:
-            live.chain.append(Link(Handle(state=state), live.captured, live.length))
+            live.chain.append(Link(Handle(state=state), live.captured, live.length, _is_lossy(live)))
 
     def mend(self, segment: int, *, cancel: threading.Event | None = None, progress: Progress | None = None) -> bool:
         """Run the recorded passes of a segment again, and put what is stored of it right.
@@ -251,6 +264,8 @@ class Resumer:
         """Load a segment's chain; False, and a notice, if it is damaged."""
         try:
             self._load(live, segment, upto, account, cancel, progress)
+        except StateInexact:
+            return False  # whoever asked for exact state knows
         except StateDamaged as error:
             notice = f"{error}; computed again from the tokens"
             if notice not in account.notices:
@@ -299,8 +314,8 @@ class Resumer:
             if self._heal(live, tip.segment, tip.position.node, tip.schedule, by, tip.row):
                 return
             account.notices.append(
-                f"tokens {tip.state_start} to {tip.state_end} came out with other bits than were stored (another"
-                " processor or build, or other state below): they are kept as a fresh variant in the place of the old"
+                f"tokens {tip.state_start} to {tip.state_end} are kept as a fresh variant: what was stored cannot be"
+                " told, or came out with other bits (another processor or build, or other state below)"
             )
             with self.database.write() as conn:
                 by = segments.add_provenance(conn, self.engine.provenance())
@@ -315,12 +330,16 @@ class Resumer:
         start, end = live.captured, live.length
         frames = {position: frame for position, frame in live.frames.items() if start <= position <= end}
         new = tuple(sorted(position for position in frames if position not in live.stored))
-        draft = segments.Draft(node, start, end, base, live.layers, schedule, provenance, new)
+        lossy = _is_lossy(live)
+        draft = segments.Draft(node, start, end, base, live.layers, schedule, provenance, new, lossy)
         source = Captured(live.source, frames)
         if not healing.heal(self.database, source, segment, draft, codec_name=self.writer.codec_name):
             return False
         live.take_captured()
-        live.chain.append(Link(Handle(segment, state), start, end))
+        live.chain.append(Link(Handle(segment, state), start, end, lossy))
+        if state is not None:  # what it stands on may have been stored anew
+            with self.database.write() as conn:
+                turns.set_segment(conn, state, segment, base)
         return True
 
     def _load_or_empty(
@@ -350,6 +369,8 @@ class Resumer:
         account: Account,
         cancel: threading.Event | None = None,
         progress: Progress | None = None,
+        *,
+        exact: bool = False,
     ) -> None:
         """Let ``live`` hold a segment's chain up to ``upto``: read what is not in memory already, run what must be."""
         with self.database.read() as conn:
@@ -359,7 +380,10 @@ class Resumer:
                     "this state was stored in another layout than the one this version of transformers keeps it in",
                     hint="use the version it was stored with, or say it again with --no-reuse in a new session",
                 )
-            kept = _common(live, planner.reads_of(links, upto))
+            reads = planner.reads_of(links, upto)
+            if exact or account.exact:
+                planner.check_exact(links, reads)
+            kept = _common(live, reads)
             live.truncate(kept)
             # Only a copy of this very point: one further back may have been made by a pass cut there, and the recorded
             # passes do not go on from it.
@@ -375,7 +399,8 @@ class Resumer:
             owner = turns.owner_of(conn, plan.rows[-1].segment, upto) if plan.rows else None
             ids = trie.tokens_before(conn, links[-1].node, links[-1].end) if plan.replay else []
             threads = {step.provenance: segments.provenance_of(conn, step.provenance).threads for step in plan.replay}
-        live.chain = [Link(Handle(read.segment), read.start, read.end) for read in plan.rows]
+        lossy = {link.id for link in links if link.lossy}
+        live.chain = [Link(Handle(r.segment), r.start, r.end, r.segment in lossy) for r in plan.rows]
         if owner is not None:
             live.chain[-1].handle.state = owner.row
         if plan.replay:
@@ -434,16 +459,21 @@ class Resumer:
         if tip is not None and len(ids) <= tip.end:
             return None
         with self.database.read() as conn:
-            match = trie.match(conn, self.root, ids)
+            # From where the tip's state ends: before that there may be hundreds of edges, each a query.
+            held_to = trie.just_before(conn, tip.position.node, tip.state_end) if tip is not None else None
+            match = trie.match(conn, self.root, ids, start_at=held_to)
         if tip is not None and match.known <= tip.end:
             return None
         # What is found must not depend on how far the writer has got.
         if not self._flush(live, account) and tip is not None:
             return self._bring_back(live, tip, tip.state_end, account, False, cancel, progress)
+        # State that is lossy is for the turns it belongs to, and for what follows from them.
+        exact = tip is None or not _is_lossy(live)
         on = live.chain[-1].handle.segment if tip is not None and live.chain else None
         at_least = live.length if tip is not None else 0
         with self.database.read() as conn:
-            found = held.longest(conn, match, at_most=len(ids), on=on, on_end=live.length if on else 0)
+            on_end = live.length if on else 0
+            found = held.longest(conn, match, at_most=len(ids), on=on, on_end=on_end, exact=exact)
             hidden = held.hidden_at(conn, found) if found is not None and found.end == len(ids) else None
         end = 0 if found is None else found.end
         if logits and end == len(ids) and hidden is None:
@@ -453,15 +483,21 @@ class Resumer:
                 live.truncate(0)
             return None
         try:
-            self._load(live, found.segment, end, account, cancel, progress)
+            self._load(live, found.segment, end, account, cancel, progress, exact=exact)
         except StateDamaged as error:
             # Nobody's turn depends on it here: it is computed anew, and mended when its own turn needs it.
-            account.notices.append(str(error))
+            if not isinstance(error, StateInexact):
+                account.notices.append(str(error))
             live.truncate(0)
             return None if tip is None else self._bring_back(live, tip, tip.state_end, account, False, cancel, progress)
         if hidden is not None:
             live.hidden = hidden_tensor(*hidden, self.engine.device)
         return None
+
+
+def _is_lossy(live: Held) -> bool:
+    """Whether rows computed on this state follow from rows that are not exact."""
+    return any(link.lossy for link in live.chain)
 
 
 def _count(account: Account, rows: Sequence[planner.Read], windows: Sequence[planner.Read], size: int) -> None:

@@ -272,6 +272,6 @@ class Run:
             tokens_per_second=rate,
             model=self._engine.name,
             seed=self._seed,
-            restored=Restored(account.rows, account.window_rows, account.keyframe, account.bytes_read),
+            restored=Restored(account.rows, account.window_rows, account.keyframe, account.bytes_read, account.lossy),
             notices=tuple(self._commits.notices),
         )

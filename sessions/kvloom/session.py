@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from kvloom.branch import Branch
 from kvloom.errors import NothingToDo, RefNotFound
+from kvloom_proto.codecs import AUTO
 from kvloom_proto.scores import TokenScore, read_scores
 from kvloom_store import cut, explorations, refs, spans, trie, turns
 from kvloom_store.names import MAIN, Ref, parse_ref
@@ -30,12 +31,14 @@ if TYPE_CHECKING:
     from kvloom.loom import KVLoom
     from kvloom.partial import Partial
     from kvloom.planned import PlannedBranch
+    from kvloom.recode import Recoding
     from kvloom.report import Added
     from kvloom.template import ChatTemplate
     from kvloom.tokens import Decoder
     from kvloom.verify import Receipt
     from kvloom.warm import Missing
     from kvloom.why import Why
+    from kvloom_store.recode import Survey
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,23 +213,62 @@ class Session:
         limit = max_tokens or SUMMARY_TOKENS
         return Compaction(self, self.ref(at), keep=kept, summary=summary, branch=branch, max_tokens=limit)
 
-    def missing(self, at: str | None = None, *, verify: bool = False) -> Missing:
-        """What of the state down to a ref is missing, and ``warm`` would compute; ``verify`` reads what is stored."""
+    def missing(self, at: str | None = None, *, verify: bool = False, exact: bool = False) -> Missing:
+        """What of the state down to a ref is missing, and ``warm`` would compute; ``verify`` reads what is stored.
+
+        ``exact``: state that was stored with loss, or follows from such state, counts as missing.
+        """
         from kvloom.warm import missing
 
-        return missing(self, self._loom.resolve(self.ref(at)).turn, verify=verify)
+        return missing(self, self._loom.resolve(self.ref(at)).turn, verify=verify, exact=exact)
 
     def warm(
-        self, at: str | None = None, *, cancel: threading.Event | None = None, progress: Progress | None = None
+        self,
+        at: str | None = None,
+        *,
+        exact: bool = False,
+        cancel: threading.Event | None = None,
+        progress: Progress | None = None,
     ) -> Added:
         """Compute what is missing of the state down to a ref, and store it; what is there is read, and so checked.
 
-        Stopped by ``cancel``, it keeps what was done. Raises ModelMismatch, EngineError, StoreError.
+        ``exact``: state that was stored with loss, or follows from such state, counts as missing. Stopped by
+        ``cancel``, it keeps what was done. Raises ModelMismatch, EngineError, StoreError.
         """
         from kvloom.warm import warm
 
         ref = self.ref(at)
-        return warm(self, self._loom.resolve(ref).turn, ref.point or MAIN, cancel=cancel, progress=progress)
+        turn, name = self._loom.resolve(ref).turn, ref.point or MAIN
+        return warm(self, turn, name, exact=exact, cancel=cancel, progress=progress)
+
+    def survey(self, at: str | None = None) -> Survey:
+        """What the state down to a ref takes in the file, by codec, and with which branches it is shared."""
+        from kvloom import recode
+
+        return recode.survey(self, self.ref(at))
+
+    def recode(
+        self,
+        at: str | None = None,
+        *,
+        codec: str = AUTO,
+        shared: bool = False,
+        cancel: threading.Event | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Recoding:
+        """Put the state down to a ref down again with a codec (raw, lz4, zstd, auto): the same bits in other bytes.
+
+        q8_0 and q4_0 store rows with loss. They leave state alone that other branches stand on, unless it is to be
+        ``shared`` so, and every reply from lossy state says so; ``warm(exact=True)`` brings the exact rows back.
+
+        ``progress`` is called with the bytes of state done and in all. Stopped by ``cancel``, it keeps what was done.
+
+        Raises:
+            UnknownCodec, NothingToDo (no state is stored), RefNotFound, StoreError
+        """
+        from kvloom import recode
+
+        return recode.recode(self, self.ref(at), codec, shared=shared, cancel=cancel, progress=progress)
 
     def verify(
         self,

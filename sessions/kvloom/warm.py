@@ -53,16 +53,16 @@ class _Cold:
     known: list[Step]
 
 
-def missing(session: Session, turn: int | None, *, verify: bool = False) -> Missing:
+def missing(session: Session, turn: int | None, *, verify: bool = False, exact: bool = False) -> Missing:
     """What is missing of the state down to a turn (its row). It needs no model.
 
-    ``verify`` reads what is stored, and so finds what is damaged.
+    ``verify`` reads what is stored, and so finds what is damaged; ``exact``: what is lossy counts as missing.
     """
     with session.loom.database.read() as conn:
         root = _root(conn, turn)
         if root is None:
             return Missing(Cost(), sum(each.role != "system" for each in turns.path_to(conn, turn)))
-        return _missing(conn, root, _cold(conn, root, turn), verify)
+        return _missing(conn, root, _cold(conn, root, turn), verify, exact)
 
 
 def warm(
@@ -70,12 +70,13 @@ def warm(
     turn: int | None,
     name: str,
     *,
+    exact: bool = False,
     cancel: threading.Event | None = None,
     progress: Progress | None = None,
 ) -> Added:
     """Compute what is missing of the state down to a turn, and store it; returns when it is stored.
 
-    ``name`` is how the report calls the point.
+    ``name`` is how the report calls the point. ``exact``: what is lossy is replayed, and stored exactly again.
     Stopped by ``cancel``, it keeps every turn that was replayed and every pass of those that were computed.
 
     Raises:
@@ -98,13 +99,14 @@ def warm(
     added = Added(session.name, name, parent.id if parent else "", 0, 0, Tokens(), 0.0)
     with loom.engine.lock:
         loom.resumer.forget()  # everything is read, and so checked
+        if cold.tip is not None and (exact or not steps):
+            added = replace(added, **_brought_back(loom, cold.ids, cold.tip, exact, cancel, progress))
         if steps:
             append = Append(loom, Commits(loom, branch), parent, cold.tip, cold.ids, cancel=cancel, progress=progress)
-            added = append.run(session.name, steps)
-        elif cold.tip is not None:
-            added = replace(added, **_brought_back(loom, cold.ids, cold.tip, cancel, progress))
+            replayed, added = added.tokens.replayed, append.run(session.name, steps)
+            added = replace(added, tokens=replace(added.tokens, replayed=added.tokens.replayed + replayed))
     loom.flush()
-    left = missing(session, turn).cost
+    left = missing(session, turn, exact=exact).cost
     return replace(added, branch=name, pending=left.to_run, seconds=time.perf_counter() - began)
 
 
@@ -112,6 +114,7 @@ def _brought_back(
     loom: KVLoom,
     ids: Sequence[int],
     tip: TurnState,
+    exact: bool,
     cancel: threading.Event | None,
     progress: Progress | None,
 ) -> dict[str, Any]:
@@ -120,7 +123,7 @@ def _brought_back(
 
     try:
         live, account = loom.resumer.resume(
-            ids[: tip.state_end], tip, room=0, logits=False, cancel=cancel, progress=progress
+            ids[: tip.state_end], tip, room=0, logits=False, exact=exact, cancel=cancel, progress=progress
         )
     except Cancelled:
         return {}
@@ -153,10 +156,10 @@ def _is_whole(turn: Turn, states: Mapping[int, TurnState]) -> bool:
     return state is not None and state.state_end >= state.end - (turn.role == "assistant")
 
 
-def _missing(conn: sa.Connection, root: int, cold: _Cold, verify: bool) -> Missing:
+def _missing(conn: sa.Connection, root: int, cold: _Cold, verify: bool, exact: bool) -> Missing:
     first = stretches(cold.known)[:1]
     ids = path_of(cold.ids, first[0]) if first else cold.ids
-    seen = outlook.of_tokens(conn, root, ids, cold.tip, grid=KEYFRAME_SPACING, logits=False, verify=verify)
+    seen = outlook.of_tokens(conn, root, ids, cold.tip, grid=KEYFRAME_SPACING, logits=False, verify=verify, exact=exact)
     return Missing(cost_of(cold.known, seen.held, seen.replayed), len(cold.pending) - len(cold.known))
 
 

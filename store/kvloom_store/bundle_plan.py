@@ -99,7 +99,8 @@ _STATE = [
     )
 ]
 _SEGMENT = [
-    segment.c[name] for name in ("id", "node", "start", "end", "base_segment", "complete", "provenance", "stored_bytes")
+    segment.c[name]
+    for name in ("id", "node", "start", "end", "base_segment", "complete", "lossy", "provenance", "stored_bytes")
 ]
 
 
@@ -135,7 +136,7 @@ class _Held:
         for row in _bases_first({each: self.rows[each] for each in self._ends}, "base_segment"):
             values, end = self.rows[row], self._ends[row]
             base = self._below(values["base_segment"], values["start"]) if values["start"] else None
-            found.append(PlannedSegment(row, end, base, trie.node_before(self._conn, values["node"], end)))
+            found.append(PlannedSegment(row, end, base, trie.just_before(self._conn, values["node"], end).node))
         return found
 
     def _below(self, row: int | None, upto: int) -> int | None:
@@ -144,8 +145,8 @@ class _Held:
             if row not in self.rows:
                 self.rows.update(_rows(self._conn, segment, segment.c.id, [row], _SEGMENT))
             values = self.rows.get(row)
-            if values is None or not values["complete"] or values["end"] < upto:
-                return None
+            if values is None or not values["complete"] or values["lossy"] or values["end"] < upto:
+                return None  # what is not exact stays behind: there it is computed again
             if values["start"] < upto:
                 return row
             row = values["base_segment"]

@@ -22,7 +22,8 @@ def heal(database: Database, source: Captured, segment_id: int, draft: segments.
 
     ``draft`` is what was recomputed. If the segment's own row is damaged, it is written anew, under its old number:
     others stand on it. True if the segment is whole again. False if the rows came out with other bits (another
-    processor or build), or on another base: it is then marked incomplete, and nobody reads it any more.
+    processor or build), or on another base while its own is still there: it is then marked incomplete, and nobody
+    reads it any more.
     """
     with database.write() as conn:
         row = conn.execute(sa.select(segment).where(segment.c.id == segment_id)).one()
@@ -35,7 +36,15 @@ def heal(database: Database, source: Captured, segment_id: int, draft: segments.
                 return True
             conn.execute(segment.update().where(segment.c.id == segment_id).values(complete=0))
             return False
-        if values["base_segment"] != draft.base_segment:  # what it stood on could not be mended
+        if values["base_segment"] != draft.base_segment and _is_there(conn, values["base_segment"]):
+            update(conn, segment, values, complete=0)
+            return False
+        if (
+            values["lossy"] & segments.CODED
+        ):  # its chunks are those of other rows: the digest is still of the exact ones
+            if row.digest == segments.content_digest(draft, segments.plan(source, draft)):
+                _rewrite(conn, source, segment_id, draft, row.digest, codec_name)
+                return True
             update(conn, segment, values, complete=0)
             return False
         layers, whole = expand(manifest.layers), []
@@ -59,9 +68,23 @@ def heal(database: Database, source: Captured, segment_id: int, draft: segments.
             if tuple(key_there) not in named:  # a damaged row may say that it is another one
                 stray = [column == cell for column, cell in zip(keys, key_there, strict=True)]
                 conn.execute(chunk.delete().where(chunk.c.segment == segment_id, *stray))
-        manifest = replace(manifest, chunks=tuple(whole))  # another version of a compressor may have packed otherwise
-        update(conn, segment, values, manifest=pack(manifest), stored_bytes=manifest.stored_bytes)
+        # Another version of a compressor may have packed otherwise, and what it stood on may have been stored anew: on that
+        # the bits are the same.
+        packed = pack(replace(manifest, chunks=tuple(whole)))
+        sizes = {"stored_bytes": sum(spec.stored_length for spec in whole)}
+        update(conn, segment, values, base_segment=draft.base_segment, manifest=packed, **sizes)
     return True
+
+
+def _is_there(conn: sa.Connection, base: int | None) -> bool:
+    """Whether what a segment stood on (None: nothing) can still be read."""
+    if base is None:
+        return True
+    row = conn.execute(sa.select(segment).where(segment.c.id == base)).one_or_none()
+    try:
+        return row is not None and bool(checked(segment, row)["complete"])
+    except CorruptRow:
+        return False
 
 
 def _rewrite(
@@ -78,7 +101,7 @@ def _rewrite(
     manifest = Manifest(draft.start, draft.end, limits.CHUNK_TOKENS, draft.layers, tuple(done))
     values = {
         "id": segment_id,
-        "node": trie.node_before(conn, draft.node, draft.end),
+        "node": trie.just_before(conn, draft.node, draft.end).node,
         "start": draft.start,
         "end": draft.end,
         "base_segment": draft.base_segment,
@@ -90,5 +113,6 @@ def _rewrite(
         "stored_bytes": manifest.stored_bytes,
         "complete": 1,
         "created": now_us(),
+        "lossy": segments.DERIVED if draft.lossy else 0,
     }
     conn.execute(segment.update().where(segment.c.id == segment_id).values(**checksum.sealed(segment, values)))

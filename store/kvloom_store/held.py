@@ -25,11 +25,14 @@ class Held:
     end: int
 
 
-def longest(conn: sa.Connection, match: Match, *, at_most: int, on: int | None = None, on_end: int = 0) -> Held | None:
+def longest(
+    conn: sa.Connection, match: Match, *, at_most: int, on: int | None = None, on_end: int = 0, exact: bool = True
+) -> Held | None:
     """The held state that covers most of a matched path, at most ``at_most`` tokens of it.
 
     With ``on``, only state that goes on from position ``on_end`` of that segment counts: the same tokens
-    computed otherwise have other bits, and a conversation never changes over to those.
+    computed otherwise have other bits, and a conversation never changes over to those. ``exact``: lossy state does not
+    count.
     """
     depth = {position.node: position.depth for position in match.path}
     deepest, rows = list(reversed(match.path)), _Segments(conn)
@@ -39,7 +42,9 @@ def longest(conn: sa.Connection, match: Match, *, at_most: int, on: int | None =
             break
         for values in rows.of_nodes([position.node for position in deepest[first : first + QUERY_NODES]]):
             end = min(values["end"], depth[values["node"]], at_most)
-            if end <= values["start"] or (on is not None and not _stands_on(rows, values, on, on_end)):
+            if end <= values["start"] or (exact and values["lossy"]):
+                continue
+            if on is not None and not _stands_on(rows, values, on, on_end):
                 continue
             if best is None or (-end, values["id"]) < (-best.end, best.segment):
                 best = Held(values["id"], end)

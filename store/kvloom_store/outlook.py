@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from kvloom_store import held, planner, restore, trie, turns
+from kvloom_store import held, planner, restore, segments, trie, turns
 from kvloom_store.planner import Plan, StateDamaged
 from kvloom_store.rows import RowBuffer
 from kvloom_store.schema import chunk
@@ -49,18 +49,19 @@ def of_tokens(
     grid: int,
     logits: bool = True,
     verify: bool = False,
+    exact: bool = False,
 ) -> Outlook:
     """What a run over ``ids`` would find, if it went on from ``tip`` (None: from whatever is held of them).
 
     ``ids`` begin with the tip's tokens, or are the first of them. ``grid`` cuts passes that nobody recorded.
     ``logits``: the run needs those of the last token. ``verify`` reads the state of the tip, and so finds what is
-    damaged.
+    damaged; ``exact``: what is held of it with loss only is as good as missing.
     """
     match = trie.match(conn, root, ids)
     length, plan, gone = 0, None, False
     missing: list[TurnState] = []
     if tip is not None:
-        length, plan, missing, gone = _below(conn, tip, _wanted(tip, ids, logits), grid, verify)
+        length, plan, missing, gone = _below(conn, tip, _wanted(tip, ids, logits), grid, verify, exact)
     if not missing and not gone and (tip is None or min(len(ids), match.known) > tip.end):
         plan = _beyond(conn, match, ids, length, plan, grid, logits) or plan
         length = plan.position if plan is not None else length
@@ -80,7 +81,7 @@ def _wanted(tip: TurnState, ids: Sequence[int], logits: bool) -> int:
 
 
 def _below(
-    conn: sa.Connection, tip: TurnState, upto: int, grid: int, verify: bool
+    conn: sa.Connection, tip: TurnState, upto: int, grid: int, verify: bool, exact: bool
 ) -> tuple[int, Plan | None, list[TurnState], bool]:
     """From a tip down to state that can be loaded: the length it has then, the plan, what must be run again on it."""
     length = upto
@@ -88,7 +89,7 @@ def _below(
     state: TurnState | None = tip
     while state is not None:
         if upto > state.state_start:
-            plan = _loadable(conn, state.segment, upto, grid, verify)
+            plan = _loadable(conn, state.segment, upto, grid, verify, exact)
             if plan is not None:
                 return length, plan, missing, False
             if state.schedule.unknown:
@@ -97,7 +98,7 @@ def _below(
             upto = state.state_start
         below = turns.base_of(conn, state)
         if below is None:
-            plan = _loadable(conn, state.base_segment, upto, grid, verify)
+            plan = _loadable(conn, state.base_segment, upto, grid, verify, exact)
             return (length, plan, missing, False) if plan is not None or upto == 0 else (0, None, missing, True)
         state = below
     raise AssertionError("unreachable: the loop ends where there is no base")
@@ -114,14 +115,17 @@ def _beyond(
 ) -> Plan | None:
     """What is held beyond a point: the same words said before, or another session's beginning."""
     on = plan.rows[-1].segment if plan is not None and plan.rows else None
-    found = held.longest(conn, match, at_most=len(ids), on=on, on_end=length if on is not None else 0)
+    exact = on is None or not segments.is_lossy(conn, on)
+    found = held.longest(conn, match, at_most=len(ids), on=on, on_end=length if on is not None else 0, exact=exact)
     if found is None:
         return None
     end = found.end - (logits and found.end == len(ids) and held.hidden_at(conn, found) is None)
-    return _loadable(conn, found.segment, end, grid) if end > length else None
+    return _loadable(conn, found.segment, end, grid, exact=exact) if end > length else None
 
 
-def _loadable(conn: sa.Connection, segment: int | None, upto: int, grid: int, verify: bool = False) -> Plan | None:
+def _loadable(
+    conn: sa.Connection, segment: int | None, upto: int, grid: int, verify: bool = False, exact: bool = False
+) -> Plan | None:
     """How the first ``upto`` tokens of a segment's chain would be brought back; None if they are not all held."""
     if segment is None:
         return None
@@ -129,6 +133,8 @@ def _loadable(conn: sa.Connection, segment: int | None, upto: int, grid: int, ve
         links = restore.chain(conn, segment)
         layers = links[-1].manifest.layers
         plan = planner.plan(links, upto, layers, grid=grid)
+        if exact:
+            planner.check_exact(links, plan.rows)
         if verify:
             restore.load(conn, links, plan.rows, plan.windows, RowBuffer(layers, upto))
             if plan.keyframe is not None and plan.keyframe.segment is not None:

@@ -28,6 +28,10 @@ class StateDamaged(StoreError):
         self.intact = intact
 
 
+class StateInexact(StateDamaged):
+    """Stored state is sound, but not exact, where exact state was asked for."""
+
+
 @dataclass(frozen=True)
 class Link:
     """One segment of a chain."""
@@ -40,6 +44,7 @@ class Link:
     provenance: int
     packed_manifest: bytes
     packed_schedule: bytes
+    lossy: int = 0
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -125,6 +130,14 @@ def reads_of(links: Sequence[Link], position: int) -> list[Read]:
         elif upto > link.end:
             raise StateDamaged(f"no rows are held between {link.end} and {upto}", link.end)
     return reads[::-1]
+
+
+def check_exact(links: Sequence[Link], reads: Sequence[Read]) -> None:
+    """Raises StateInexact if some rows to be read are not exact, or were computed on such."""
+    wanted = {read.segment for read in reads}
+    lossy = next((link for link in links if link.lossy and link.id in wanted), None)
+    if lossy is not None:
+        raise StateInexact(f"the rows of segment {lossy.id} are lossy", lossy.start)
 
 
 def plan(

@@ -39,7 +39,7 @@ def remove_session(conn: sa.Connection, session_row: int) -> None:
             conn.execute(table.delete().where(table.c.id == row))
     conn.execute(session.delete().where(session.c.id == session_row))
     nodes |= _remove_segments(conn, held)
-    _remove_nodes(conn, nodes)
+    remove_nodes(conn, nodes)
 
 
 def _remove_text(conn: sa.Connection, session_row: int) -> None:
@@ -77,7 +77,7 @@ def _remove_segments(conn: sa.Connection, candidates: set[int]) -> set[int]:
     return nodes
 
 
-def _remove_nodes(conn: sa.Connection, candidates: set[int]) -> None:
+def remove_nodes(conn: sa.Connection, candidates: set[int]) -> None:
     """Delete edges without children, turns or state, from the leaves up; topmost nodes stay."""
     while candidates:
         at = candidates.pop()

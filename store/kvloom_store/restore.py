@@ -7,6 +7,7 @@ is unpacked on other threads, while the next blobs are read.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections import deque
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import sqlalchemy as sa
 
-from kvloom_proto.codecs import RAW
+from kvloom_proto.codecs import LOSSY, RAW
 from kvloom_proto.errors import ChecksumMismatch, FormatError
 from kvloom_proto.records import (
     STORED_BY_ROW,
@@ -27,9 +28,10 @@ from kvloom_proto.records import (
     Manifest,
     TensorSpec,
     covered,
+    dtype_of,
     expand,
 )
-from kvloom_store import codec
+from kvloom_store import codec, quantized, sqlite
 from kvloom_store.checksum import checked, digest, row_checksum
 from kvloom_store.errors import CorruptRow
 from kvloom_store.planner import Keyframe, Link, Read, StateDamaged
@@ -42,6 +44,10 @@ QUERY_SEGMENTS = 500
 
 DECODERS = min(os.cpu_count() or 1, 4)
 """Threads that unpack, and chunks that wait for one: each holds its packed and its raw bytes."""
+
+MAPPED_BYTES = 400 << 20
+"""More state than this is read without mapping the file: mapped pages count as the program's memory, which would be
+twice the state. Less is read mapped, which takes three quarters of the time (benchmarks/NOTES.md)."""
 
 
 _Wanted = dict[tuple[int, int, int], tuple[Read, Manifest, ChunkSpec]]
@@ -81,7 +87,7 @@ def chain(conn: sa.Connection, segment_id: int) -> list[Link]:
 
 
 def _link(values: Mapping[str, Any]) -> Link:
-    names = ("id", "node", "start", "end", "base_segment", "provenance", "manifest", "schedule")
+    names = ("id", "node", "start", "end", "base_segment", "provenance", "manifest", "schedule", "lossy")
     return Link(*(values[name] for name in names))
 
 
@@ -124,7 +130,7 @@ def load(
         StateDamaged: a chunk is missing or not what was written.
     """
     by_id = {link.id: link for link in links}
-    total = 0
+    plans: list[tuple[LayerKind, Sequence[Read], _Wanted]] = []
     for kind in STORED_BY_ROW:
         reads = windows if kind == LayerKind.WINDOW else rows
         wanted = {
@@ -134,8 +140,10 @@ def load(
             if spec.kind == kind and read.start < spec.position + spec.tokens and spec.position < read.end
         }
         if wanted:
-            total += _load_wanted(conn, kind, reads, wanted, sink)
-    return total
+            plans.append((kind, reads, wanted))
+    size = sum(spec.stored_length for _, _, wanted in plans for _, _, spec in wanted.values())
+    with contextlib.nullcontext() if size <= MAPPED_BYTES else sqlite.unmapped(conn):
+        return sum(_load_wanted(conn, kind, reads, wanted, sink) for kind, reads, wanted in plans)
 
 
 def _load_wanted(
@@ -264,8 +272,13 @@ def checked_blob(values: dict[str, Any], segment_id: int, spec: ChunkSpec) -> by
 def checked_raw(values: dict[str, Any], layers: list[LayerSpec], segment_id: int, spec: ChunkSpec) -> codec.Buffer:
     """The raw bytes of a chunk's row, if it is what was written. Raises FormatError, ChecksumMismatch among them."""
     stored = checked_blob(values, segment_id, spec)
-    raw = codec.decode(stored, item_bytes(layers, spec), spec.raw_length, spec.codec)
-    if spec.codec != RAW and digest(raw) != spec.raw_digest:
+    if spec.codec == RAW:
+        return codec.decode(stored, 1, spec.raw_length, RAW)
+    if spec.codec in LOSSY:
+        raw = quantized.decode(stored, dtype_of(layers, spec), spec.raw_length, spec.codec)
+    else:
+        raw = codec.decode(stored, item_bytes(layers, spec), spec.raw_length, spec.codec)
+    if digest(raw) != spec.raw_digest:
         what = f"chunk {spec.layer} at {spec.position} of segment {segment_id}"
         raise ChecksumMismatch(what, spec.raw_digest, digest(raw))
     return raw

@@ -44,11 +44,16 @@ ABANDONED_US = 3_600_000_000
 """An incomplete segment older than this was left by a process that died."""
 
 
+CODED, DERIVED = 1, 2
+"""What makes a segment lossy: its rows were stored with loss; it was computed on rows that were not exact."""
+
+
 @dataclass(frozen=True, slots=True)
 class Draft:
     """A segment about to be stored: rows [start, end) on top of ``base_segment``; the last token is in ``node``.
 
     ``keyframes`` are the positions (start and end may be among them) at which state that is overwritten is stored.
+    ``lossy``: the rows were computed on others that are not exact.
     """
 
     node: int
@@ -59,6 +64,7 @@ class Draft:
     schedule: Schedule
     provenance: int
     keyframes: tuple[int, ...] = ()
+    lossy: bool = False
 
 
 def add_provenance(conn: sa.Connection, record: Provenance) -> int:
@@ -77,6 +83,14 @@ def provenance_of(conn: sa.Connection, provenance_id: int) -> Provenance:
     """A stored provenance."""
     row = conn.execute(sa.select(provenance).where(provenance.c.id == provenance_id)).one()
     return read_provenance(checked(provenance, row)["record"])
+
+
+def is_lossy(conn: sa.Connection, row: int) -> bool:
+    """Whether some rows of a segment, or of those it stands on, are not exact."""
+    columns = segment.c.id, segment.c.base_segment, segment.c.lossy
+    up = sa.select(*columns).where(segment.c.id == row).cte("up", recursive=True)
+    up = up.union_all(sa.select(*columns).where(segment.c.id == up.c.base_segment))
+    return bool(conn.execute(sa.select(sa.func.max(up.c.lossy))).scalar_one())
 
 
 def cut(layers: tuple[LayerSpec, ...], start: int, end: int, keyframes: Sequence[int] = ()) -> Iterator[ChunkSpec]:
@@ -151,7 +165,7 @@ def write(
     planned = plan(source, draft)
     content = content_digest(draft, planned)
     with database.read() as conn:  # a turn may end in another node than its state does
-        draft = replace(draft, node=trie.node_before(conn, draft.node, draft.end))
+        draft = replace(draft, node=trie.just_before(conn, draft.node, draft.end).node)
     with database.write(background=True) as conn:
         same = _find_same(conn, draft, content)
         if same is not None:
@@ -237,6 +251,7 @@ def _find_same(conn: sa.Connection, draft: Draft, content: bytes) -> int | None:
             segment.c.node == draft.node,
             segment.c.digest == content,
             segment.c.complete == 1,
+            segment.c.lossy.in_([0, DERIVED]),  # not where the digest is that of rows which are gone
             segment.c.base_segment == draft.base_segment
             if draft.base_segment is not None
             else segment.c.base_segment.is_(None),
@@ -262,6 +277,7 @@ def _insert_incomplete(conn: sa.Connection, draft: Draft, content: bytes) -> int
         "stored_bytes": 0,
         "complete": 0,
         "created": now_us(),
+        "lossy": DERIVED if draft.lossy else 0,
     }
     insert(conn, segment, values)
     return new

@@ -195,6 +195,32 @@ def checkpoint(engine: sa.Engine) -> None:
             conn.exec_driver_sql(f"PRAGMA busy_timeout={patience}")
 
 
+@contextmanager
+def unmapped(conn: sa.Connection) -> Iterator[None]:
+    """What is read within goes through SQLite's own memory, and pages that were mapped before are let go of.
+
+    Where a statement of this connection is half read when it is entered, SQLite keeps its mapping.
+    """
+    conn.exec_driver_sql("PRAGMA mmap_size=0").close()
+    try:
+        yield
+    finally:
+        conn.exec_driver_sql(f"PRAGMA mmap_size={MMAP_BYTES}").close()
+
+
+@contextmanager
+def cells_unchecked(conn: sa.Connection) -> Iterator[None]:
+    """Pages are read without looking at each of their cells first, which is done every time that one is visited.
+
+    For what visits very many, and finds only what is checked elsewhere before it is believed.
+    """
+    conn.exec_driver_sql("PRAGMA cell_size_check=OFF").close()
+    try:
+        yield
+    finally:
+        conn.exec_driver_sql("PRAGMA cell_size_check=ON").close()
+
+
 def file_bytes(path: Path) -> int:
     """Bytes of the file and its write-ahead log on disk."""
     return sum(p.stat().st_size for p in (path, Path(f"{path}-wal")) if p.exists())

@@ -20,9 +20,9 @@ def stats(database: Database, session_row: int | None = None) -> dict[str, Any]:
 
     ``tokens`` and ``state_logical`` count each token of each distinct path once: the latter is the uncompressed size
     of the state that is held for them, and of every keyframe. ``state_stored`` is what it takes in the file,
-    side-by-side variants and compression included. ``state_if_snapshots`` is what one whole snapshot a reply would
-    take, uncompressed: all rows, of windows those that are still seen, and one keyframe. ``file`` is always the whole
-    file with its log.
+    side-by-side variants and compression included; ``state_lossy`` of that is not exact. ``state_if_snapshots`` is what
+    one whole snapshot a reply would take, uncompressed: all rows, of windows those that are still seen, and one
+    keyframe. ``file`` is always the whole file with its log.
     """
     with database.read() as conn:
         mine = sa.true() if session_row is None else turn.c.session == session_row
@@ -50,6 +50,7 @@ def stats(database: Database, session_row: int | None = None) -> dict[str, Any]:
             "bytes": {
                 "file": sqlite.file_bytes(database.path),
                 "state_stored": sum(row.stored_bytes for row in segments),
+                "state_lossy": sum(row.stored_bytes for row in segments if row.lossy),
                 "state_logical": logical,
                 "state_if_snapshots": sum(_snapshot(layers.get(root, []), end) for root, end in replies),
             },
@@ -87,7 +88,7 @@ def _count(conn: sa.Connection, table: sa.Table, where: sa.ColumnElement[bool]) 
 def _segments(conn: sa.Connection, states: sa.Subquery | None) -> list[sa.Row[Any]]:
     """The complete segments, of one session those its turns stand on, without their manifests."""
     c = segment.c
-    columns = (c.id, c.node, c.start, c.end, c.raw_bytes, c.stored_bytes, node.c.root)
+    columns = (c.id, c.node, c.start, c.end, c.raw_bytes, c.stored_bytes, c.lossy, node.c.root)
     query = sa.select(*columns).join(node, node.c.id == c.node).where(c.complete == 1)
     if states is None:
         return list(conn.execute(query))

@@ -240,12 +240,12 @@ def position_at(conn: sa.Connection, position: Position, depth: int) -> Position
     return Position(values["id"], depth - values["start"], values["start"])
 
 
-def node_before(conn: sa.Connection, node_id: int, depth: int) -> int:
-    """The node that holds the token before position ``depth``: this one, or one above it."""
+def just_before(conn: sa.Connection, node_id: int, depth: int) -> Position:
+    """The point after the first ``depth`` tokens of a path that ends in a node: in that one, or in one above it."""
     values = _node(conn, node_id)
     while values["start"] >= depth and values["parent"] is not None:
         values = _node(conn, values["parent"])
-    return int(values["id"])
+    return Position(int(values["id"]), depth - values["start"], values["start"])
 
 
 def ancestors(conn: sa.Connection, node_id: int) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ class Handle:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Job:
-    """Rows [start, end) of ``source`` and all its keyframes, on top of ``base``."""
+    """Rows [start, end) of ``source`` and all its keyframes, on top of ``base``; ``lossy``: as a ``Draft`` says it."""
 
     handle: Handle
     source: Captured = field(repr=False)
@@ -44,6 +44,7 @@ class Job:
     layers: tuple[LayerSpec, ...]
     schedule: Schedule
     provenance: int
+    lossy: bool = False
 
 
 class Writer:
@@ -117,7 +118,9 @@ class Writer:
             raise job.base.error or KVLoomError("state cannot be stored without the state it stands on")
         base = job.base.segment if job.base else None
         keyframes = tuple(sorted(job.source.frames))
-        draft = segments.Draft(job.node, job.start, job.end, base, job.layers, job.schedule, job.provenance, keyframes)
+        draft = segments.Draft(
+            job.node, job.start, job.end, base, job.layers, job.schedule, job.provenance, keyframes, job.lossy
+        )
 
         def finish(conn: sa.Connection, segment: int) -> None:
             if job.handle.state is not None:

@@ -23,7 +23,20 @@ from benchmarks import synthetic
 from benchmarks.synthetic import TOKENS, Builder, Synthetic
 
 from kvloom.cli import run
-from kvloom_store import checksum, held, planner, refs, removal, restore, schema, search, segments, trie, turns
+from kvloom_store import (
+    checksum,
+    fulltext,
+    held,
+    planner,
+    refs,
+    removal,
+    restore,
+    schema,
+    search,
+    segments,
+    trie,
+    turns,
+)
 from kvloom_store.database import Database
 from kvloom_store.rows import RowBuffer
 
@@ -285,6 +298,21 @@ def test_hits_in_one_session_cost_no_more_statements_the_more_they_are(stores):
             counted.append((len(hits), len(seen)))
     assert [hits for hits, _ in counted] == [2, 40]
     assert counted[0][1] == counted[1][1]
+
+
+def test_checks_that_a_search_and_a_long_restore_leave_out_are_made_again_afterwards(stores, monkeypatch):
+    monkeypatch.setattr(restore, "MAPPED_BYTES", 0)
+
+    def pragma(conn: sa.Connection, name: str) -> int:
+        return int(conn.exec_driver_sql(f"PRAGMA {name}").scalar_one())
+
+    with opened(stores[0]) as database:
+        with database.read() as conn:
+            before = [pragma(conn, name) for name in ("mmap_size", "cell_size_check")]
+            assert len(fulltext.matching(conn, synthetic.COMMON, session=None, role=None, newest=False, limit=1)) == 1
+            state_read(conn, stores[0])
+            assert [pragma(conn, name) for name in ("mmap_size", "cell_size_check")] == before
+        assert before[1] == 1
 
 
 def test_listing_many_sessions_takes_as_many_statements_as_listing_few(stores, capsys):

@@ -94,6 +94,23 @@ def test_walking_on_from_a_known_point_finds_the_same(store_path: Path):
     database.close()
 
 
+def test_the_point_before_a_position_is_in_the_edge_that_holds_the_token_before_it(store_path: Path):
+    database = Database(store_path)
+    root = two_roots(database)[0]
+    with database.write() as conn:
+        first = trie.extend(conn, root, [1, 2, 3])
+        second = trie.extend(conn, root, [1, 2, 4, 5])
+        assert trie.just_before(conn, second.node, 4) == second
+        assert trie.just_before(conn, second.node, 3) == trie.Position(second.node, 1, 2)
+        for depth in (2, 1):  # where it left the other edge, or further up
+            assert trie.just_before(conn, second.node, depth) == trie.Position(first.node, depth, 0)
+        assert trie.just_before(conn, second.node, 0) == trie.top(conn, root)
+        for depth in range(5):
+            known = trie.just_before(conn, second.node, depth)
+            assert trie.match(conn, root, [1, 2, 4, 5, 6], start_at=known).position == second
+    database.close()
+
+
 def insert_many(path: Path, seed: int, root: int) -> None:
     generator = random.Random(seed)
     database = Database(path)

@@ -27,6 +27,7 @@ from kvloom.cli import (
     explore,
     fsck,
     manage,
+    recode,
     sample,
     search,
     show,
@@ -50,7 +51,7 @@ _SECTIONS = {
     "Talk": [chat.chat, talk.say, talk.continue_, talk.regenerate],
     "Branch": [manage.fork, edit.edit, compact.compact, manage.tag, manage.rename, manage.rm],
     "Explore": [sample.sample, explore.explore],
-    "State": [warm.warm, fsck.fsck, verify.verify],
+    "State": [warm.warm, recode.recode, fsck.fsck, verify.verify],
     "Move": [transfer.export, transfer.import_],
     "Look": [
         *(browse.browse, show.ls, show.branches, show.log, tree.tree, show.show),

@@ -39,7 +39,9 @@ def stats(options: Options, session: str | None) -> None:
 
     if session is None and not options.path.exists():
         found: dict[str, Any] = {"sessions": 0, "turns": 0, "tokens": 0}
-        found["bytes"] = dict.fromkeys(("file", "state_stored", "state_logical", "state_if_snapshots"), 0)
+        found["bytes"] = dict.fromkeys(
+            ("file", "state_stored", "state_lossy", "state_logical", "state_if_snapshots"), 0
+        )
     else:
         with reading(options) as reader:
             row = reader.find(parse(session)[0].session).row.row if session else None
@@ -50,10 +52,11 @@ def stats(options: Options, session: str | None) -> None:
 def print_stats(found: dict[str, Any]) -> None:
     """Counts, for people."""
     sizes = found["bytes"]
+    lossy = f" ({size(sizes['state_lossy'])} of it lossy)" if sizes["state_lossy"] else ""
     facts = {name: f"{value:,}" for name, value in found.items() if isinstance(value, int)}
     facts |= {
         "file": size(sizes["file"]),
-        "state": f"{size(sizes['state_stored'])} stored, {size(sizes['state_logical'])} logical",
+        "state": f"{size(sizes['state_stored'])} stored{lossy}, {size(sizes['state_logical'])} logical",
         "snapshots": f"{size(sizes['state_if_snapshots'])} if each reply were one",
     }
     _print_facts(facts)

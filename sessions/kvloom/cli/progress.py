@@ -6,6 +6,8 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from kvloom.cli.terminal import size
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -38,6 +40,11 @@ class Bars:
         """So many tokens of a prefill have been run."""
         if self._shown and total >= LONG_PREFILL:
             self._show(f"reading {total} tokens", done / total)
+
+    def recoding(self, done: int, total: int) -> None:
+        """So many bytes of state have been put down again."""
+        if self._shown and time.monotonic() - self._began > PATIENCE:
+            self._show(f"recoding {size(total)}", done / total)
 
     def chosen(self, tokens: int) -> None:
         """So many more tokens were chosen, of several replies together."""

@@ -247,8 +247,7 @@ def _full_json(
 def _state_json(conn: sa.Connection, state: TurnState) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from kvloom_store import roots
-    from kvloom_store.segments import provenance_of
+    from kvloom_store import roots, segments
 
     passes = state.schedule.passes
     return {
@@ -258,12 +257,13 @@ def _state_json(conn: sa.Connection, state: TurnState) -> dict[str, Any]:
         "tokens": state.tokens,
         "computed": [state.state_start, state.state_end],
         "held": state.segment is not None or state.state_end == state.state_start,
+        "lossy": state.segment is not None and segments.is_lossy(conn, state.segment),
         "variant": state.variant,
         "schedule": {
             "unknown": state.schedule.unknown,
             "passes": [{"start": p.start, "tokens": p.tokens, "count": p.count} for p in passes],
         },
-        "provenance": asdict(provenance_of(conn, state.provenance)),
+        "provenance": asdict(segments.provenance_of(conn, state.provenance)),
     }
 
 
@@ -293,6 +293,7 @@ def _state_facts(state: dict[str, Any]) -> list[tuple[str, object]]:
     start, end = state["computed"]
     kind = "variant, " if state["variant"] else ""
     held = "held" if state["held"] else "not held (it is replayed when needed)"
+    held += ", lossy (kvloom warm REF --exact brings the exact one back)" if state["lossy"] else ""
     passes = sum(each["count"] for each in state["schedule"]["passes"])
     how = "unknown schedule" if state["schedule"]["unknown"] else f"{passes} passes"
     where = state["provenance"]

@@ -47,8 +47,9 @@ class _Place:
 @shared
 @click.argument("refs", metavar="REF...", nargs=-1, shell_complete=complete_ref)
 @click.option("--all", "everything", is_flag=True, help="Every branch of every session.")
+@click.option("--exact", is_flag=True, help="Also what recode stored with loss: its exact rows are replayed.")
 @click.option("--dry-run", is_flag=True, help="Only tell what is missing; no model is loaded.")
-def warm(options: Options, refs: tuple[str, ...], everything: bool, dry_run: bool) -> None:
+def warm(options: Options, refs: tuple[str, ...], everything: bool, exact: bool, dry_run: bool) -> None:
     """Compute what is missing of the state down to each REF, at low priority, so that the next turn need not wait.
 
     That is, tokens that are pending (an edit left unrun, a message that was interrupted), and state that was never
@@ -63,14 +64,16 @@ def warm(options: Options, refs: tuple[str, ...], everything: bool, dry_run: boo
     """
     if bool(refs) == everything:
         raise click.UsageError("name what to warm, or say --all" if not refs else "--all takes no REF")
-    places = _places(options, refs)
+    places = _places(options, refs, exact)
     stopped = Stopped()
     failed = 0
     if not dry_run and any(place.missing for place in places):
         if hasattr(os, "nice"):
             os.nice(LOW_PRIORITY)  # before the model is loaded: its threads inherit it
         with interruptible() as stopped:
-            failed = _compute(options, [place for place in places if place.missing], stopped, carry_on=everything)
+            failed = _compute(
+                options, [place for place in places if place.missing], stopped, exact=exact, carry_on=everything
+            )
     if options.json:
         print_json({"points": [place.to_json() for place in places], "stopped": bool(stopped.signal)})
     elif not any(place.missing for place in places):
@@ -84,7 +87,7 @@ def warm(options: Options, refs: tuple[str, ...], everything: bool, dry_run: boo
         raise click.exceptions.Exit(failed)
 
 
-def _places(options: Options, refs: tuple[str, ...]) -> list[_Place]:
+def _places(options: Options, refs: tuple[str, ...], exact: bool) -> list[_Place]:
     """What was named (or all branches there are), and what is missing there; no model is needed to know."""
     with reading(options) as reader:
         if refs:
@@ -94,11 +97,11 @@ def _places(options: Options, refs: tuple[str, ...]) -> list[_Place]:
         found = []
         for session, at in named:
             model = (str(session.settings["model"]), str(session.settings["model_digest"]))
-            found.append(_Place(session.name, at or "main", model, session.missing(at, verify=True)))
+            found.append(_Place(session.name, at or "main", model, session.missing(at, verify=True, exact=exact)))
         return found
 
 
-def _compute(options: Options, places: list[_Place], stopped: Stopped, *, carry_on: bool) -> int:
+def _compute(options: Options, places: list[_Place], stopped: Stopped, *, exact: bool, carry_on: bool) -> int:
     """Warm all places, each model loaded once; the exit code of what failed last where others are to ``carry_on``."""
     from kvloom.errors import KVLoomError
 
@@ -111,7 +114,7 @@ def _compute(options: Options, places: list[_Place], stopped: Stopped, *, carry_
                     if stopped.signal:
                         return failed
                     place.added = session.loom.find(place.session).warm(
-                        place.at, cancel=stopped.cancel, progress=bars.passes
+                        place.at, exact=exact, cancel=stopped.cancel, progress=bars.passes
                     )
                     bars.stop()
                     _tell(options, place, place.added)

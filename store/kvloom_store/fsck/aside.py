@@ -6,18 +6,19 @@ stood on a row is no loss, it is a cache; text is kept in the table ``quarantine
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import msgpack
 import sqlalchemy as sa
 
-from kvloom_store import refs, scan
+from kvloom_store import scan
 from kvloom_store.checksum import insert, row_checksum
 from kvloom_store.database import allocate, now_us
 from kvloom_store.fsck.reading import CACHE_OF_STATE, RELEASED, is_intact
 from kvloom_store.names import MAIN
-from kvloom_store.schema import branch, metadata, quarantine, session, turn
+from kvloom_store.schema import branch, metadata, quarantine, session, tag, turn
 
 RECOVERED = "recovered"
 """How a branch is called whose row could not be read, if it may have pointed at a turn that is there."""
@@ -31,39 +32,61 @@ def set_aside(conn: sa.Connection, table: sa.Table, rowid: int, why: str) -> int
     values = scan.row_at(conn, table, rowid)
     if values is None:
         return 0
-    before = values["parent"] if table is turn else None
-    count = _remove(conn, table, values, rowid, why, before)
+    above = values["parent"] if table is turn else None
+    # A turn's parent is older: else it is what is wrong, and may go itself.
+    removal = _Removal(conn, above if isinstance(above, int) and above < rowid else None)
+    removal.remove(table, rowid, why)
     if table is branch:
         _recover(conn, values)
-    return count
+    return removal.count
 
 
-def _remove(conn: sa.Connection, table: sa.Table, values: dict[str, Any], rowid: int, why: str, before: Any) -> int:
-    """A row and all that names it, from the tips down: foreign keys are checked row by row."""
-    count = 1
-    row: Any = values.get("id")
-    for child, column in _naming(table) if row is not None else ():
-        for number in scan.rowids(conn, child, column, row):
-            below = scan.row_at(conn, child, number)
-            if below is None or (child is table and number == rowid):
-                continue
-            if child is branch and column == "turn":
-                _put(conn, child, number, below, turn=_at_or_above(conn, below, before))
-            elif (child.name, column) in RELEASED:
-                _put(conn, child, number, below, **{column: None})
-            else:
-                count += _remove(conn, child, below, number, f"it stood on {table.name} {row}", before)
-    if table.name not in CACHE_OF_STATE:
+class _Removal:
+    """A row and all that names it, taken away from the tips down: foreign keys are checked row by row."""
+
+    def __init__(self, conn: sa.Connection, above: int | None) -> None:
+        self._conn = conn
+        self._above = above  # where branches go whose turn is taken away
+        self._begun: set[tuple[str, int]] = set()  # rows that name each other in a circle are met again
+        self.count = 0
+
+    def remove(self, table: sa.Table, rowid: int, why: str) -> None:
+        """Take a row away; what was said is kept as it was found."""
+        values = scan.row_at(self._conn, table, rowid)
+        if values is None or (table.name, rowid) in self._begun:
+            return
+        self._begun.add((table.name, rowid))
+        row: Any = values.get("id")
+        for child, column in _naming(table) if row is not None else ():
+            for number in scan.rowids(self._conn, child, column, row):
+                self._let_go(child, column, number, f"it stood on {table.name} {row}")
+        if table.name not in CACHE_OF_STATE:
+            self._keep(table, values, why)
+        scan.delete_at(self._conn, table, rowid)
+        self.count += 1
+
+    def _let_go(self, child: sa.Table, column: str, rowid: int, why: str) -> None:
+        values = scan.row_at(self._conn, child, rowid)
+        if values is None:
+            return
+        if child is branch and column == "turn":
+            _put(self._conn, child, rowid, values, turn=_at_or_above(self._conn, values, self._above))
+        elif (child.name, column) in RELEASED:
+            _put(self._conn, child, rowid, values, **{column: None})
+        elif (child.name, rowid) in self._begun:
+            scan.put_at(self._conn, child, rowid, {column: None})
+        else:
+            self.remove(child, rowid, why)
+
+    def _keep(self, table: sa.Table, values: dict[str, Any], why: str) -> None:
         kept = {
-            "id": allocate(conn, quarantine),
+            "id": allocate(self._conn, quarantine),
             "of": table.name,
             "cells": msgpack.packb(values),
             "why": msgpack.packb(why),
             "created": now_us(),
         }
-        insert(conn, quarantine, kept)
-    scan.delete_at(conn, table, rowid)
-    return count
+        insert(self._conn, quarantine, kept)
 
 
 def _naming(table: sa.Table) -> Iterator[tuple[sa.Table, str]]:
@@ -82,10 +105,8 @@ def _put(conn: sa.Connection, table: sa.Table, rowid: int, values: dict[str, Any
     scan.put_at(conn, table, rowid, {name: new[name] for name in (*changes, "checksum")})
 
 
-def _at_or_above(conn: sa.Connection, values: dict[str, Any], before: Any) -> int | None:
+def _at_or_above(conn: sa.Connection, values: dict[str, Any], before: int | None) -> int | None:
     """Where a branch goes whose turn is taken away: to the turn above, if that is of its session."""
-    if not isinstance(before, int):
-        return None
     query = sa.select(turn.c.id).where(turn.c.id == before, turn.c.session == values["session"])
     found = conn.execute(query).scalar()
     return None if found is None else int(found)
@@ -98,7 +119,20 @@ def _recover(conn: sa.Connection, values: dict[str, Any]) -> None:
         return
     query = sa.select(turn.c.id).where(turn.c.id == at, turn.c.session == owner)
     if isinstance(at, int) and conn.execute(query).first() is not None:
-        name = refs.free_name(conn, owner, RECOVERED, itself=True)
-        refs.add_branch(conn, owner, name, at)
-    if MAIN not in {each.name for each in refs.branches(conn, owner)}:
-        refs.add_branch(conn, owner, MAIN, None)
+        numbered = (f"{RECOVERED}-{number}" for number in itertools.count(2))
+        taken = _names(conn, owner)
+        _add_branch(conn, owner, next(n for n in itertools.chain([RECOVERED], numbered) if n not in taken), at)
+    if MAIN not in _names(conn, owner):
+        _add_branch(conn, owner, MAIN, None)
+
+
+def _names(conn: sa.Connection, owner: int) -> set[object]:
+    """The names of a session's branches and tags, damaged ones among them."""
+    rows = [found for table in (branch, tag) for found in scan.scan(conn, table)]
+    return {found[1]["name"] for found in rows if not isinstance(found, scan.Gap) and found[1]["session"] == owner}
+
+
+def _add_branch(conn: sa.Connection, owner: int, name: str, at: int | None) -> None:
+    now = now_us()
+    row = {"id": allocate(conn, branch), "session": owner, "name": name, "turn": at, "created": now, "updated": now}
+    insert(conn, branch, row)

@@ -25,6 +25,8 @@ class Kind(enum.StrEnum):
     """An index of SQLite's own does not fit its table."""
     ROW = "row"
     """A row is not the one that was written: its checksum says so."""
+    BIT = "bit"
+    """Such a row of which the checksum says what it was: a bit of it changed, or what others have a copy of."""
     VALUE = "value"
     """A row is as it was written, and says what no row may say."""
     POINTER = "pointer"

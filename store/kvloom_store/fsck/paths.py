@@ -202,6 +202,6 @@ def stands(reader: Reader, row: Mapping[str, Any], column: str) -> str | None:
 def same_path(reader: Reader, a: int, b: int, depth: int) -> bool:
     """Whether the paths through two nodes have the same first ``depth`` tokens; True where that cannot be read."""
     try:
-        return a == b or trie.node_before(reader.conn, a, depth) == trie.node_before(reader.conn, b, depth)
+        return a == b or trie.just_before(reader.conn, a, depth) == trie.just_before(reader.conn, b, depth)
     except (CorruptRow, sa.exc.DBAPIError):
         return True

@@ -15,12 +15,14 @@ from typing import Any
 import msgpack
 import sqlalchemy as sa
 
-from kvloom_store import checksum, fulltext, refs, scan, search, sqlite, turns
+from kvloom_proto.records import Provenance, pack
+from kvloom_store import checksum, fulltext, refs, removal, scan, search, sqlite, turns
 from kvloom_store import segments as state
 from kvloom_store.checksum import checked, row_checksum
 from kvloom_store.database import Database, now_us
 from kvloom_store.errors import CorruptRow, StoreError
 from kvloom_store.fsck.aside import set_aside
+from kvloom_store.fsck.copies import told_elsewhere
 from kvloom_store.fsck.findings import Finding, Kind, Report, Severity
 from kvloom_store.fsck.mending import mended
 from kvloom_store.fsck.paths import stands
@@ -46,7 +48,7 @@ class Action(enum.StrEnum):
 _WORDS = {
     Action.REBUILD: "write the file anew from all rows that can be read; the old one is kept beside it",
     Action.REINDEX: "make SQLite's own indexes anew",
-    Action.MEND: "mend rows in which one bit has changed",
+    Action.MEND: "mend rows of which their checksum says what they were",
     Action.REMAKE: "make rows anew that follow from others",
     Action.SET_ASIDE: "set rows aside that cannot be mended, with what stands on them; they are kept, and not served",
     Action.RELEASE: "forget where state was that is not there any more",
@@ -111,9 +113,9 @@ def _action(found: Finding) -> Action | None:
     kind, table = found.kind, found.table
     if kind in (Kind.UNWRITTEN, Kind.SET_ASIDE) or (kind == Kind.INDEX and found.severity == Severity.NOTE):
         return None
-    if kind == Kind.ROW and "one bit" in found.words:
+    if kind == Kind.BIT:
         return Action.MEND
-    if table in ("meta", "sequence", "model_digest") and kind != Kind.PAGE:
+    if table in ("meta", "sequence", "model_digest", "provenance") and kind in (Kind.ROW, Kind.VALUE):
         return Action.REMAKE
     if table in CACHE_OF_STATE and kind in (Kind.ROW, Kind.VALUE, Kind.POINTER, Kind.STATE, Kind.CHUNK):
         return Action.RECOMPUTE
@@ -150,20 +152,29 @@ def _reindex(database: Database, _step: Step) -> Iterator[str]:
 
 def _mend(database: Database, step: Step) -> Iterator[str]:
     for table, rowid, values in _damaged(database, step):
-        was = mended(table, values)
+        with database.read() as conn:
+            was = mended(table, values) or told_elsewhere(conn, table, values)
         if was is None:
             continue
         changed = {name: cell for name, cell in was.items() if cell != values[name]}
         with database.write() as conn:
             if scan.row_at(conn, table, rowid) == values:
                 scan.put_at(conn, table, rowid, changed)
-        yield f"row {rowid} of {table.name}: a bit of {', '.join(changed)} was put right"
+        yield f"row {rowid} of {table.name}: its {' and its '.join(changed)} was put right"
 
 
 def _remake(database: Database, step: Step) -> Iterator[str]:
-    for table, rowid, _ in _damaged(database, step):
+    wrong = {
+        int(each.row[0])
+        for each in step.findings
+        if each.kind == Kind.VALUE and each.table == provenance.name and each.row
+    }
+    for table, rowid in [*((each[0], each[1]) for each in _damaged(database, step)), *((provenance, n) for n in wrong)]:
         with database.write() as conn:
-            scan.delete_at(conn, table, rowid)
+            if table is provenance:
+                scan.put_at(conn, table, rowid, _unknown(rowid))
+            else:
+                scan.delete_at(conn, table, rowid)
     with database.write() as conn:
         there = {name for (name,) in conn.execute(sa.select(sequence.c.name))}
         for table in metadata.tables.values():
@@ -178,6 +189,13 @@ def _remake(database: Database, step: Step) -> Iterator[str]:
         if conn.execute(sa.select(meta).where(meta.c.key == "created")).first() is None:
             checksum.insert(conn, meta, {"key": "created", "value": msgpack.packb(now_us())})
     yield "rows that follow from others were made anew"
+
+
+def _unknown(row: int) -> dict[str, Any]:
+    """The cells of a provenance of which nothing is known any more; its number tells it from others."""
+    record = pack(Provenance(0, "unknown", "unknown", "unknown", "unknown", "unknown", f"unknown {row}"))
+    values = {"id": row, "digest": checksum.digest(record), "record": record}
+    return {**values, "checksum": row_checksum(provenance, values)}
 
 
 def _one(table: sa.Table, name: str) -> sa.Select[Any]:
@@ -201,7 +219,7 @@ def _set_aside(database: Database, step: Step) -> Iterator[str]:
 
 def _damaged(database: Database, step: Step) -> list[tuple[sa.Table, int, dict[str, Any]]]:
     """The damaged rows of the tables that findings are of, with SQLite's own numbers of them."""
-    names = {each.table for each in step.findings if each.kind == Kind.ROW}
+    names = {each.table for each in step.findings if each.kind in (Kind.ROW, Kind.BIT)}
     with database.read() as conn:
         return [
             (table, found[0], found[1])
@@ -251,8 +269,8 @@ def _sweep(database: Database, step: Step) -> Iterator[str]:
             if each.row is None or each.table == segment.name:
                 continue
             table = metadata.tables[each.table]
-            if table in (node, provenance):
-                conn.execute(table.delete().where(table.c.id == each.row[0]))
+            if table is node:
+                removal.remove_nodes(conn, {int(each.row[0])})
             else:
                 keys = [column == cell for column, cell in zip(table.primary_key.columns, each.row, strict=True)]
                 conn.execute(table.delete().where(*keys))

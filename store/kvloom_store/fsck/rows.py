@@ -15,6 +15,7 @@ from kvloom_proto.records import ChunkSpec, LayerSpec, Manifest, expand, read_ma
 from kvloom_store import restore, scan, sqlite
 from kvloom_store.checksum import checked
 from kvloom_store.errors import CorruptRow
+from kvloom_store.fsck.copies import told_elsewhere
 from kvloom_store.fsck.findings import Finding, Kind, Severity
 from kvloom_store.fsck.mending import mended
 from kvloom_store.fsck.reading import CACHE_OF_STATE, Progress, Reader, finding, is_intact, key_of, shown, table_named
@@ -33,7 +34,6 @@ _LOSS = {
     "tag": "this name does not say any more where it points; the turns are kept",
     "exploration": "this search cannot be resumed; its turns are kept",
     "candidate": "this search cannot be resumed; its turns are kept",
-    "provenance": "state that was computed so can be read, and not be computed again exactly",
     "quarantine": "something that was set aside earlier cannot be read",
 }
 """What it means that a row is lost."""
@@ -90,14 +90,25 @@ def _damaged(reader: Reader, table: sa.Table, values: dict[str, Any]) -> Finding
     what = f"row {shown(key)} of {table.name} is damaged (its checksum does not match)"
     was = mended(table, values) if table is not chunk else None
     if was is not None:
-        words, severity = f"{what}: one bit of it has changed, and the checksum says which", Severity.HEALS
-    elif table.name in CACHE_OF_STATE:
+        words = f"{what}: one bit of it has changed, and the checksum says which"
+        return finding(Kind.BIT, Severity.HEALS, table, key, reader.at(table, was), words)
+    try:
+        was = told_elsewhere(reader.conn, table, values)
+    except DBAPIError:
+        was = None
+    if was is not None:
+        words = f"{what}: other rows say what it was"
+        return finding(Kind.BIT, Severity.HEALS, table, key, reader.at(table, was), words)
+    if table.name in ("segment", "chunk"):
         words, severity = f"{what}: it is computed again from the tokens", Severity.HEALS
-    elif table.name in ("meta", "sequence"):
+    elif table.name in ("meta", "sequence", "model_digest"):
         words, severity = f"{what}: it is made anew", Severity.HEALS
+    elif table.name == "provenance":
+        words = f"{what}: state that was computed so can be read; computed again, it may come out with other bits"
+        severity = Severity.HEALS
     else:
         words, severity = f"{what}: {_LOSS.get(table.name, 'it cannot be used')}", Severity.LOST
-    return finding(Kind.ROW, severity, table, key, reader.at(table, was or values), words)
+    return finding(Kind.ROW, severity, table, key, reader.at(table, values), words)
 
 
 def chunks(reader: Reader, *, blobs: bool, progress: Progress | None) -> Iterator[Finding]:

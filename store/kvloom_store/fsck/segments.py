@@ -9,10 +9,14 @@ import sqlalchemy as sa
 
 from kvloom_proto.errors import FormatError
 from kvloom_proto.records import Manifest, read_manifest, read_schedule
+from kvloom_store import restore, trie
+from kvloom_store.checksum import checked
+from kvloom_store.errors import CorruptRow
 from kvloom_store.fsck.findings import Finding, Kind, Severity
 from kvloom_store.fsck.paths import same_path, tiles
 from kvloom_store.fsck.reading import Reader, finding
-from kvloom_store.schema import chunk, node, segment
+from kvloom_store.planner import StateDamaged
+from kvloom_store.schema import chunk, node, provenance, segment
 
 
 def segments(reader: Reader) -> Iterator[Finding]:
@@ -24,6 +28,19 @@ def segments(reader: Reader) -> Iterator[Finding]:
             words = f"segment {row['id']} (tokens {row['start']} to {row['end']}) {wrong}"
             words += ": it is computed again from the tokens"
             yield finding(Kind.STATE, Severity.HEALS, segment, (row["id"],), reader.at_segment(row["id"]), words)
+
+
+def is_whole(conn: sa.Connection, row: int) -> bool:
+    """Whether a segment is there, all it says is right, and all its chunks are what was written."""
+    try:
+        [values] = [checked(segment, each) for each in conn.execute(sa.select(segment).where(segment.c.id == row))]
+        link = restore.link_of(conn, row)
+        trie.tokens_before(conn, link.node, link.end)
+        for _ in restore.read_back(conn, link, link.end):
+            pass
+    except (CorruptRow, StateDamaged, ValueError):
+        return False
+    return bool(values["complete"]) and not any(_wrong(Reader(conn), values))
 
 
 def _wrong(reader: Reader, row: dict[str, Any]) -> Iterator[str]:
@@ -42,6 +59,8 @@ def _wrong(reader: Reader, row: dict[str, Any]) -> Iterator[str]:
     except FormatError as error:
         yield f"has recorded passes that cannot be read ({error})"
     yield from _pieces(reader, row["id"], manifest)
+    if not reader.ask(sa.select(provenance.c.id).where(provenance.c.id == row["provenance"])):
+        yield "was computed on nobody knows what"
     place = reader.ask(sa.select(node.c.start, node.c.length).where(node.c.id == row["node"]))
     if place and not reader.is_damaged(node, row["node"]) and not place[0][0] < row["end"] <= sum(place[0]):
         yield "does not end in the edge it says"
