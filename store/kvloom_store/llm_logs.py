@@ -67,24 +67,28 @@ def _threads(conn: sa.Connection, there: Mapping[str, set[str]]) -> tuple[dict[s
     rows = {row.id: row for row in conn.execute(sa.select(threads).order_by(threads.c.id))}
     fragments = _fragments(conn, there)
     trees: dict[str, dict[str, Messages]] = {}
+    first_with: dict[str, Any] = {}
     for row in rows.values():
         if row.tip_message_hash is None:
             continue
+        chain = _chain(conn, row.tip_message_hash, fragments)
         first, seen = row, {row.id}
         while first.forked_from in rows and first.forked_from not in seen:
             first = rows[first.forked_from]
             seen.add(first.id)
-        messages = _chain(conn, row.tip_message_hash, fragments)
-        if messages:
+        # A fork need not be marked: messages are told apart by all that was said before them, and so is a reply.
+        reply = next((number for number, message in chain if message["role"] == "assistant"), row.id)
+        first = first_with.setdefault(reply, first)
+        if chain:
             branches = trees.setdefault(_called(first.name, first.id), {})
-            branches[MAIN if first is row else _called(row.name, row.id)] = messages
+            branches[MAIN if first is row else _called(row.name, row.id)] = [message for _, message in chain]
     return trees, set(rows)
 
 
-def _chain(conn: sa.Connection, tip: str, fragments: Mapping[int, str]) -> Messages:
-    """The messages that end with one, the first one first."""
+def _chain(conn: sa.Connection, tip: str, fragments: Mapping[int, str]) -> list[tuple[str, dict[str, Any]]]:
+    """The messages that end with one, the first one first, each with its hash."""
     table = _table("messages", "hash", "parent_hash", "role")
-    chain: Messages = []
+    chain: list[tuple[str, dict[str, Any]]] = []
     seen: set[str] = set()
     at: str | None = tip
     while at is not None:
@@ -96,7 +100,7 @@ def _chain(conn: sa.Connection, tip: str, fragments: Mapping[int, str]) -> Messa
             break
         text = _text_of(conn, at, fragments)
         if text or row.role == "assistant":
-            chain.append({"role": str(row.role), "content": text})
+            chain.append((at, {"role": str(row.role), "content": text}))
         check_limit("messages", len(seen), MAX_MESSAGES)
         at = row.parent_hash
     return chain[::-1]

@@ -212,12 +212,13 @@ def test_the_older_logs_of_llm_are_conversations_of_one_branch(tmp_path: Path) -
     assert path.read_bytes() == before
 
 
-def test_threads_of_llm_that_were_forked_are_branches(tmp_path: Path, store_path: Path) -> None:
+@pytest.mark.parametrize("marked", ["01aaaaaaaa", None])
+def test_threads_of_llm_that_were_forked_are_branches(tmp_path: Path, store_path: Path, marked: str | None) -> None:
     path = logs(
         tmp_path / "logs.db",
         NEW,
         {
-            "threads": [("01aaaaaaaa", "Trip", "m3", None), ("01bbbbbbbb", "In Spain", "m5", "01aaaaaaaa")],
+            "threads": [("01aaaaaaaa", "Trip", "m3", None), ("01bbbbbbbb", "In Spain", "m5", marked)],
             "messages": [
                 *(("m1", None, "user"), ("m2", "m1", "assistant"), ("m3", "m2", "user")),
                 *(("m4", "m2", "user"), ("m5", "m4", "assistant")),
