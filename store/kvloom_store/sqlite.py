@@ -192,7 +192,12 @@ def _translate(error: SQLAlchemyError, path: Path) -> StoreError:
             f"cannot open {path}",
             hint="check the path and its permissions, or give another with --store PATH",
         )
-    if isinstance(error, DatabaseError) and ("malformed" in text or "disk i/o" in text):
+    if "disk i/o" in text:
+        return StoreUnavailable(
+            f"{path} could not be read or written: {text}",
+            hint="check the disk (is it full, or gone?); everything acknowledged before is kept",
+        )
+    if isinstance(error, DatabaseError) and "malformed" in text:
         return StoreError(f"{path} is damaged: {text}", hint="restore it from a backup")
     if isinstance(error, OperationalError):
         return StoreUnavailable(f"{path}: {text}", hint="check the path and its permissions")
