@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvloom.errors import Closed, EngineError, RefExists
 from kvloom.session import Session
-from kvloom_store import names, refs, turns
+from kvloom_store import journal, names, refs, turns
 from kvloom_store.database import Database, default_path
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kvloom.models import Progress
     from kvloom.prefetch import Prefetch
     from kvloom.resume import Resumer
+    from kvloom_store.journal import Kept
     from kvloom_store.search import Hits
     from kvloom_store.writer import Writer
 
@@ -68,6 +69,13 @@ class KVLoom:
         self._prefetch: Prefetch | None = None
         self._known: dict[tuple[str, str], KnownModel] = {}
         self._closed = False
+        self.kept: list[Kept] = []
+        """Replies whose processes died while they were generated, kept as interrupted turns since this was opened."""
+        self.keep_unfinished()
+
+    def keep_unfinished(self) -> None:
+        """Make interrupted turns of replies that dead processes left; what was made is added to ``kept``."""
+        self.kept += journal.recover(self.database)
 
     @cached_property
     def engine(self) -> TransformersEngine:

@@ -91,8 +91,10 @@ def make_engine(path: Path, *, read_only: bool, synchronous: str, busy_ms: int) 
 
     @event.listens_for(engine, "begin")
     def begin(connection: sa.Connection) -> None:
-        write = connection.get_execution_options().get("kvloom_write", False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+        options = connection.get_execution_options()
+        write = options.get("kvloom_write", False)
+        with _patience(connection, None if options.get("kvloom_wait", True) else 0):
+            connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
     return engine
 
@@ -136,13 +138,22 @@ def checkpoint(engine: sa.Engine) -> None:
 
     A reader is not waited for long: it may be one that nobody knows of any more, a query that an error was raised from.
     """
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
-        patience = conn.exec_driver_sql("PRAGMA busy_timeout").scalar_one()
-        conn.exec_driver_sql(f"PRAGMA busy_timeout={min(patience, CHECKPOINT_MS)}")
-        try:
-            conn.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
-        finally:
-            conn.exec_driver_sql(f"PRAGMA busy_timeout={patience}")
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as conn, _patience(conn, CHECKPOINT_MS):
+        conn.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+@contextmanager
+def _patience(conn: sa.Connection, most_ms: int | None) -> Iterator[None]:
+    """Wait for others no longer than so many milliseconds meanwhile (None: as long as ever)."""
+    if most_ms is None:
+        yield
+        return
+    usual = conn.exec_driver_sql("PRAGMA busy_timeout").scalar_one()
+    conn.exec_driver_sql(f"PRAGMA busy_timeout={min(usual, most_ms)}")
+    try:
+        yield
+    finally:
+        conn.exec_driver_sql(f"PRAGMA busy_timeout={usual}")
 
 
 def file_bytes(path: Path) -> int:

@@ -63,6 +63,7 @@ def check(path: Path, engine: TransformersEngine, known: Acknowledged) -> dict[s
     """Open the store, compare it with what was acknowledged, and bring every branch back; what is wrong, in words."""
     wrong: list[str] = []
     with KVLoom(path, model=engine) as loom:
+        kept = sum(each.tokens for each in loom.kept)
         with loom.database.read() as conn:
             integrity = conn.exec_driver_sql("PRAGMA integrity_check").scalars().all()
             if integrity != ["ok"]:
@@ -78,6 +79,8 @@ def check(path: Path, engine: TransformersEngine, known: Acknowledged) -> dict[s
     return {
         "wrong": wrong,
         "rows": rows,
+        "replies": len(loom.kept),
+        "tokens": kept,
         "restored": restored,
         "replayed": replayed,
         "sessions": sessions,

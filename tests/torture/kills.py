@@ -41,6 +41,8 @@ class Deaths:
     rows: int = 0
     restored: int = 0
     replayed: int = 0
+    replies: int = 0
+    tokens: int = 0
     jobs: int = 0
     elements: int = 0
     during: dict[str, int] = field(default_factory=dict)
@@ -100,7 +102,7 @@ def _death(
         found.wrong.append(f"{where}: {seen['crashed']}")
         return Acknowledged()
     found.wrong += [f"{where}: {text}" for text in seen["wrong"]]
-    for name in ("rows", "restored", "replayed"):
+    for name in ("rows", "restored", "replayed", "replies", "tokens"):
         setattr(found, name, getattr(found, name) + seen[name])
     return known.renewed(seen)
 

@@ -48,6 +48,8 @@ def kills(found: Any) -> str:
             ("rows whose checksums were verified", found.rows),
             ("branches and tags brought back", found.restored),
             ("tokens replayed for that", found.replayed),
+            ("replies that were cut off and kept", found.replies),
+            ("tokens of these", found.tokens),
             ("paths recomputed by the referee", found.jobs),
             ("elements it compared", found.elements),
             ("**lost turns, stores that do not open, wrong bits**", len(found.wrong)),
