@@ -467,7 +467,7 @@ def _keep(conn: sa.Connection, branch: BranchRow, to: int | None) -> str | None:
 
 
 def check_model(settings: Mapping[str, Any], loom: KVLoom) -> None:
-    """Refuse to go on with a session under a model that is not its own.
+    """Refuse to go on with a session under a model that is not its own; afterwards ``loom.root`` is the model's.
 
     Raises:
         ModelMismatch: with the first field that differs.
@@ -481,6 +481,7 @@ def check_model(settings: Mapping[str, Any], loom: KVLoom) -> None:
         raise ModelMismatch(*next((row for row in found if row[0] == "dtype"), found[0]))
     if settings["tokenizer"] != live.tokenizer:
         raise ModelMismatch("tokenizer", settings["tokenizer"][:16], live.tokenizer[:16])
+    loom.follow(live)
 
 
 def _settings(settings: SamplingSettings | None, sampling: Mapping[str, Any]) -> SamplingSettings:

@@ -191,8 +191,10 @@ class Commits:
         self._branch, happened = refs.move_on(conn, there, turn.row)
         if happened:
             was = {"moved": "moved", "removed": "was removed"}[happened]
+            own = self._branch.name
             self.notices.append(
-                f"branch {there.name!r} {was} meanwhile; this turn is kept on branch {self._branch.name!r}"
+                f"branch {there.name!r} {was} meanwhile, by another process; this turn is kept on branch {own!r}: "
+                f"go on there, or say it again where you want it"
             )
 
 

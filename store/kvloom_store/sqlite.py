@@ -11,9 +11,9 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import event
-from sqlalchemy.exc import DatabaseError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DatabaseError, NoResultFound, OperationalError, SQLAlchemyError
 
-from kvloom_store.errors import NotAStore, StoreError, StoreLocked, StoreUnavailable
+from kvloom_store.errors import NotAStore, RemovedMeanwhile, StoreError, StoreLocked, StoreUnavailable
 
 APPLICATION_ID = 0x4B564C4D
 """``KVLM``: tells a kvloom store from any other SQLite file."""
@@ -187,6 +187,8 @@ def _translate(error: SQLAlchemyError, path: Path) -> StoreError:
     text = str(getattr(error, "orig", error)).lower()
     if "locked" in text or "busy" in text:
         return StoreLocked(f"{path} is locked by another process", hint="wait for it to finish, then try again")
+    if isinstance(error, NoResultFound) or "foreign key" in text:
+        return RemovedMeanwhile()
     if "not a database" in text or "file is encrypted" in text:
         return NotAStore(str(path))
     if "readonly" in text or "read-only" in text:

@@ -39,6 +39,7 @@ class Failures:
     """What was found over all runs."""
 
     runs: int = 0
+    every: int = 1
     writes: int = 0
     operations: int = 0
     refused: int = 0
@@ -49,7 +50,7 @@ class Failures:
 
 def torture(folder: Path, engine: TransformersEngine, seed: int, *, step: int = 1) -> Failures:
     """Let every ``step``-th write fail, once alone and once with all behind it, until a run meets no failure."""
-    found = Failures()
+    found = Failures(every=step)
     base, first = begun(folder, engine, seed, found)
     for from_there_on in (False, True):
         number = 1

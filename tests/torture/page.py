@@ -61,7 +61,11 @@ def writes(found: Any) -> str:
     """What failing writes left."""
     return table(
         [
-            ("writes of the script that fail, each alone and with all behind it", found.writes),
+            ("the last write that failed: behind it there is none", found.writes),
+            (
+                "of them those that failed, each alone and with all behind it",
+                "every one" if found.every == 1 else f"one in {found.every}",
+            ),
             ("runs", found.runs),
             *_failures(found),
         ]
@@ -72,6 +76,35 @@ def full(found: Any) -> str:
     """What full disks left."""
     rows = [("disks, each with 192 KiB more room than the one before", found.runs), *_failures(found)]
     return table(rows)
+
+
+def crowd(found: Any) -> str:
+    """What many processes at once left."""
+    return table(
+        [
+            ("processes writing", found.writers),
+            ("processes reading", found.readers),
+            ("seconds", round(found.seconds)),
+            ("replies acknowledged", found.operations),
+            ("of them kept on a branch of their own, because theirs had moved", found.kept_apart),
+            ("sessions removed meanwhile", found.removed),
+            ("errors the writers were told", listed(found.errors)),
+            ("reads of a session and its main branch", found.reads),
+            ("of them of a session that was removed in that moment", found.reads_that_met_a_removal),
+            ("a read, median (ms)", found.read_median_ms),
+            ("a read, worst (ms)", found.read_worst_ms),
+            ("**other errors, lost turns, wrong bits**", len(found.wrong)),
+        ]
+    )
+
+
+def models(found: Any) -> str:
+    """What other models were told."""
+    head = ["| what differs | going on in the session | tokens reused by a new session that says the same | its bits |"]
+    head += ["|---|---|--:|---|"]
+    bits = {True: "those of a store that never saw the other model", False: "**wrong**"}
+    rows = [f"| {row.what} | {row.there} | {row.reused} | {bits[row.same_bits]} |" for row in found.rows]
+    return "\n".join([*head, *rows, f"| | **wrong** | {len(found.wrong)} | |"])
 
 
 def _failures(found: Any) -> list[tuple[str, Any]]:

@@ -25,7 +25,7 @@ from tiny import tiny_model, tiny_tokenizer
 import kvloom.journal
 import kvloom.passes
 from kvloom.engine import TransformersEngine
-from torture import disk, faults, kills, page
+from torture import crowd, disk, faults, kills, others, page
 
 KINDS = ("llama", "gemma3_text", "jamba")
 """Rows alone, windows, and state that is overwritten in place."""
@@ -42,10 +42,11 @@ class Size(NamedTuple):
     kills: int
     every_write: int
     disks: int
+    crowd: tuple[int, int, float]
 
 
-FULL = Size(len(KINDS), 300, 1, 1000)
-SMALL = Size(1, 6, 150, 1)
+FULL = Size(len(KINDS), 300, 1, 1000, (8, 8, 60.0))
+SMALL = Size(1, 6, 150, 1, (3, 2, 3.0))
 """Seconds, for ``make test``."""
 
 
@@ -67,6 +68,10 @@ def parts(folder: Path, size: Size, seed: int) -> dict[str, Callable[[], Any]]:
         "kills": lambda: kills.torture(folder, engines, size.kills, seed),
         "writes": lambda: faults.torture(folder, first, seed, step=size.every_write),
         "full": full,
+        "models": lambda: others.torture(folder),
+        "crowd": lambda: crowd.torture(
+            folder, first, seed, writers=size.crowd[0], readers=size.crowd[1], seconds=size.crowd[2]
+        ),
     }
 
 
@@ -75,6 +80,8 @@ def main(given: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="torture.run", description="Is anything ever lost, or silently wrong?")
     parser.add_argument("--small", action="store_true", help="a few seconds of each; the page stays as it is")
     parser.add_argument("--only", help="some parts alone, with commas; the others stay on the page as they are")
+    parser.add_argument("--kills", type=int, help=f"processes that are killed ({FULL.kills})")
+    parser.add_argument("--every", type=int, help=f"of the writes that fail, every so many-th ({FULL.every_write})")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--json", type=Path, help="write what was found to this file")
     options = parser.parse_args(given)
@@ -85,7 +92,9 @@ def main(given: Sequence[str]) -> int:
     began = time.perf_counter()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        everything = parts(Path(temporary), SMALL if options.small else FULL, options.seed)
+        size = SMALL if options.small else FULL
+        size = size._replace(kills=options.kills or size.kills, every_write=options.every or size.every_write)
+        everything = parts(Path(temporary), size, options.seed)
         for name in options.only.split(",") if options.only else everything:
             found[name] = everything[name]()
             wrong = [] if isinstance(found[name], str) else found[name].wrong

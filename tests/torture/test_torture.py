@@ -13,14 +13,16 @@ from exact import harness
 
 from torture import page
 
-PARTS = {"kills", "writes", "full"}
+PARTS = ("kills", "writes", "full", "crowd", "models")
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the small run found. It is a process of its own: it forks, which one with threads must not."""
     out = tmp_path_factory.mktemp("torture") / "found.json"
-    command = [sys.executable, "-W", "error", "-m", "torture.run", "--small", "--json", str(out)]
+    # The wrong-model table has tests of its own.
+    only = ["--only", ",".join(name for name in PARTS if name != "models")]
+    command = [sys.executable, "-W", "error", "-m", "torture.run", "--small", *only, "--json", str(out)]
     environment = {**harness.environment(), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert out.exists(), done.stderr[-4000:]
@@ -52,7 +54,13 @@ def test_on_a_full_disk_nothing_acknowledged_is_lost(found: dict[str, Any]) -> N
     assert found["full"]["refused"] > 0
 
 
-@pytest.mark.parametrize("name", sorted(PARTS))
+def test_of_many_processes_none_loses_a_turn_or_is_told_of_another_error(found: dict[str, Any]) -> None:
+    assert found["crowd"]["wrong"] == []
+    assert found["crowd"]["turns"] > 0
+    assert found["crowd"]["reads"] > 0
+
+
+@pytest.mark.parametrize("name", PARTS)
 def test_the_page_shows_a_full_run_in_which_nothing_was_wrong(name: str) -> None:
     shown = page.part(page.PAGE.read_text(), name)
     if not shown.startswith(page.NOT_RUN):
