@@ -63,6 +63,7 @@ def torture(folder: Path, engines: dict[str, TransformersEngine], kills: int, se
         jobs += [Path(each) for each in made.get("jobs", ())]
         found.wrong += [made["crashed"]] if "crashed" in made else []
         found.stores += 1
+        print(f"  {found.kills} of {kills} killed, {len(found.wrong)} wrong", flush=True)
     verdicts = harness.referee(jobs)[1] if jobs else []
     found.wrong += [f"the referee on {each['job']}: {each}" for each in verdicts if not each["ok"]]
     found.jobs, found.elements = len(verdicts), sum(each["compared"] for each in verdicts)

@@ -62,10 +62,7 @@ def writes(found: Any) -> str:
     return table(
         [
             ("the last write that failed: behind it there is none", found.writes),
-            (
-                "of them those that failed, each alone and with all behind it",
-                "every one" if found.every == 1 else f"one in {found.every}",
-            ),
+            ("of them failed, each alone and with all behind it", "all" if found.every == 1 else f"1 in {found.every}"),
             ("runs", found.runs),
             *_failures(found),
         ]
