@@ -12,7 +12,6 @@ from kvloom.resume import hidden_bytes
 from kvloom.steps import NewTurn
 from kvloom_proto.scores import pack_scores
 from kvloom_store import refs, segments, trie, turns
-from kvloom_store.errors import RefConflict
 from kvloom_store.refs import Branch as BranchRow
 from kvloom_store.turns import Turn, TurnState
 from kvloom_store.writer import Handle
@@ -94,6 +93,11 @@ class Commits:
         self._reuse = reuse
         self._branch = branch
         self.notices: list[str] = []
+
+    @property
+    def reuse(self) -> bool:
+        """Whether what is committed is to be stored; else it is a variant."""
+        return self._reuse
 
     @property
     def branch(self) -> BranchRow:
@@ -188,12 +192,14 @@ class Commits:
             name = refs.free_name(conn, there.session, there.name, first=1) if there.numbered else there.name
             self._branch = refs.add_branch(conn, there.session, name, turn.row)
             return
-        try:
-            self._branch = refs.move_branch(conn, there.row, there.turn, turn.row)
-        except RefConflict as conflict:
-            name = refs.free_name(conn, there.session, conflict.name)
-            self._branch = refs.add_branch(conn, there.session, name, turn.row)
-            self.notices.append(f"branch {conflict.name!r} moved meanwhile; this turn is kept on branch {name!r}")
+        self._branch, happened = refs.move_on(conn, there, turn.row)
+        if happened:
+            was = {"moved": "moved", "removed": "was removed"}[happened]
+            own = self._branch.name
+            self.notices.append(
+                f"branch {there.name!r} {was} meanwhile, by another process; this turn is kept on branch {own!r}: "
+                f"go on there, or say it again where you want it"
+            )
 
 
 def commit_all(

@@ -101,6 +101,16 @@ class RefConflict(StoreError):
         self.actual = actual
 
 
+class RemovedMeanwhile(StoreError):
+    """What something was to be added to is gone: another process removed its session, or one whose state it is on."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "another process removed meanwhile what this was to be added to",
+            hint="kvloom ls lists the sessions there are; say it again in one of them",
+        )
+
+
 class InvalidQuery(StoreError):
     """A search for no word at all, or in a syntax that is not FTS5's."""
 

@@ -239,6 +239,18 @@ def move_branch(conn: sa.Connection, row: int, expected: int | None, to: int | N
     return Branch(row, new["session"], new["name"], to)
 
 
+def move_on(conn: sa.Connection, there: Branch, to: int) -> tuple[Branch, str | None]:
+    """Move a branch on to a turn that was added where it stood; if another process moved it, or took it away, the turn
+    is kept on a new branch. The branch, and what had happened to the other one ("moved", "removed"), if anything had.
+    """
+    try:
+        return move_branch(conn, there.row, there.turn, to), None
+    except (RefConflict, RefNotFound) as error:
+        happened = "moved" if isinstance(error, RefConflict) else "removed"
+        name = error.name if isinstance(error, RefConflict) else there.name
+        return add_branch(conn, there.session, free_name(conn, there.session, name), to), happened
+
+
 def remove_branch(conn: sa.Connection, row: int) -> None:
     """Take a branch away; its turns stay in the tree."""
     conn.execute(branch.delete().where(branch.c.id == row))

@@ -12,9 +12,9 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import event
-from sqlalchemy.exc import DatabaseError, DBAPIError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DatabaseError, DBAPIError, NoResultFound, OperationalError, SQLAlchemyError
 
-from kvloom_store.errors import NotAStore, StoreError, StoreLocked, StoreUnavailable
+from kvloom_store.errors import NotAStore, RemovedMeanwhile, StoreError, StoreLocked, StoreUnavailable
 
 APPLICATION_ID = 0x4B564C4D
 """``KVLM``: tells a kvloom store from any other SQLite file."""
@@ -92,8 +92,10 @@ def make_engine(path: Path, *, read_only: bool, synchronous: str, busy_ms: int) 
 
     @event.listens_for(engine, "begin")
     def begin(connection: sa.Connection) -> None:
-        write = connection.get_execution_options().get("kvloom_write", False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+        options = connection.get_execution_options()
+        write = options.get("kvloom_write", False)
+        with _patience(connection, None if options.get("kvloom_wait", True) else 0):
+            connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
     return engine
 
@@ -186,13 +188,22 @@ def checkpoint(engine: sa.Engine) -> None:
 
     A reader is not waited for long: it may be one that nobody knows of any more, a query that an error was raised from.
     """
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
-        patience = conn.exec_driver_sql("PRAGMA busy_timeout").scalar_one()
-        conn.exec_driver_sql(f"PRAGMA busy_timeout={min(patience, CHECKPOINT_MS)}")
-        try:
-            conn.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
-        finally:
-            conn.exec_driver_sql(f"PRAGMA busy_timeout={patience}")
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as conn, _patience(conn, CHECKPOINT_MS):
+        conn.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+@contextmanager
+def _patience(conn: sa.Connection, most_ms: int | None) -> Iterator[None]:
+    """Wait for others no longer than so many milliseconds meanwhile (None: as long as ever)."""
+    if most_ms is None:
+        yield
+        return
+    usual = conn.exec_driver_sql("PRAGMA busy_timeout").scalar_one()
+    conn.exec_driver_sql(f"PRAGMA busy_timeout={min(usual, most_ms)}")
+    try:
+        yield
+    finally:
+        conn.exec_driver_sql(f"PRAGMA busy_timeout={usual}")
 
 
 @contextmanager
@@ -252,6 +263,8 @@ def _translate(error: SQLAlchemyError, path: Path) -> StoreError:
     text = str(getattr(error, "orig", error)).lower()
     if "locked" in text or "busy" in text:
         return StoreLocked(f"{path} is locked by another process", hint="wait for it to finish, then try again")
+    if isinstance(error, NoResultFound) or "foreign key" in text:
+        return RemovedMeanwhile()
     if "not a database" in text or "file is encrypted" in text:
         return NotAStore(str(path))
     if "readonly" in text or "read-only" in text:
@@ -268,7 +281,12 @@ def _translate(error: SQLAlchemyError, path: Path) -> StoreError:
             f"cannot open {path}",
             hint="check the path and its permissions, or give another with --store PATH",
         )
-    if isinstance(error, DatabaseError) and ("malformed" in text or "disk i/o" in text):
+    if "disk i/o" in text:
+        return StoreUnavailable(
+            f"{path} could not be read or written: {text}",
+            hint="check the disk (is it full, or gone?); everything acknowledged before is kept",
+        )
+    if isinstance(error, DatabaseError) and "malformed" in text:
         return StoreError(f"{path} is damaged: {text}", hint="restore it from a backup")
     if isinstance(error, OperationalError):
         return StoreUnavailable(f"{path}: {text}", hint="check the path and its permissions")

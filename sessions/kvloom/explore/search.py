@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from kvloom.binding import check_model
 from kvloom.commit import Commits
 from kvloom.errors import NothingToDo, SessionError
 from kvloom.explore import beams, rounds
@@ -101,6 +102,7 @@ class Search:
         self._tokens = NO_TOKENS
         self._result: Found | None = None
         self._judges: list[tuple[Judge, KVLoom | None]] = []
+        check_model(session)
         with self._loom.database.read() as conn:
             there = explorations.find(conn, session.row.row, name)
         if there is not None and not resume:
