@@ -206,17 +206,13 @@ def _patience(conn: sa.Connection, most_ms: int | None) -> Iterator[None]:
         conn.exec_driver_sql(f"PRAGMA busy_timeout={usual}")
 
 
-@contextmanager
-def unmapped(conn: sa.Connection) -> Iterator[None]:
-    """What is read within goes through SQLite's own memory, and pages that were mapped before are let go of.
+def unmap(conn: sa.Connection) -> None:
+    """Let go of the pages of the file that were mapped; what is read next maps its own.
 
-    Where a statement of this connection is half read when it is entered, SQLite keeps its mapping.
+    Where a statement of this connection is half read, SQLite keeps them.
     """
-    conn.exec_driver_sql("PRAGMA mmap_size=0").close()
-    try:
-        yield
-    finally:
-        conn.exec_driver_sql(f"PRAGMA mmap_size={MMAP_BYTES}").close()
+    for size in (0, MMAP_BYTES):
+        conn.exec_driver_sql(f"PRAGMA mmap_size={size}").close()
 
 
 @contextmanager
