@@ -178,9 +178,16 @@ def data_version(conn: sa.Connection) -> int:
     return int(conn.exec_driver_sql("PRAGMA data_version").scalar_one())
 
 
-def without_foreign_keys(conn: sa.Connection) -> None:
-    """Let rows be written in any order by this connection (outside of a transaction)."""
-    conn.exec_driver_sql("PRAGMA foreign_keys=OFF")
+@contextmanager
+def in_any_order(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """A transaction in which rows may be written before those that they name."""
+    with engine.connect() as conn:
+        driver = conn.connection.driver_connection
+        assert driver is not None
+        driver.execute("PRAGMA foreign_keys=OFF")  # of no effect once a transaction has begun
+        with conn.begin():
+            yield conn
+        conn.invalidate()
 
 
 def checkpoint(engine: sa.Engine) -> None:
