@@ -91,8 +91,10 @@ def records(
     here = _row(conn, session, plan.chosen.session)
     yield SessionRecord(here["name"], msgpack.packb(dict(settings)))
     numbers = _Numbers.of(plan)
+    path: tuple[int, bytes] = (0, b"")
     for row, count in plan.nodes.items():
-        yield _node(conn, numbers, row, count)
+        made, path = _node(conn, numbers, row, count, path)
+        yield made
     for row in plan.chosen.turns:
         yield _turn(conn, numbers, row)
     for part in plan.segments:
@@ -150,12 +152,19 @@ def shown_name(name: str) -> str:
     return name.replace("\\", "/").rstrip("/").rpartition("/")[2] if name[:1] in "/~\\" or name[1:2] == ":" else name
 
 
-def _node(conn: sa.Connection, numbers: _Numbers, row: int, count: int) -> NodeRecord:
+def _node(
+    conn: sa.Connection, numbers: _Numbers, row: int, count: int, before: tuple[int, bytes]
+) -> tuple[NodeRecord, tuple[int, bytes]]:
+    """The first ``count`` tokens of a node; ``before`` and the other result are a node, and all tokens to its end."""
     values = _row(conn, node, row)
     parent = numbers.nodes.get(values["parent"])
-    path = trie.pack_tokens(trie.tokens_to(conn, row, count))
     tokens = values["tokens"][: count * trie.TOKEN_BYTES]
-    return NodeRecord(numbers.roots[values["root"]], parent, values["parent_offset"], tokens, digest(path))
+    if before[0] == values["parent"]:  # as it is along a conversation
+        path = before[1][: values["start"] * trie.TOKEN_BYTES] + tokens
+    else:
+        path = trie.pack_tokens(trie.tokens_to(conn, row, count))
+    made = NodeRecord(numbers.roots[values["root"]], parent, values["parent_offset"], tokens, digest(path))
+    return made, (row, path)
 
 
 def _turn(conn: sa.Connection, numbers: _Numbers, row: int) -> TurnRecord:
