@@ -41,7 +41,7 @@ from kvloom_proto.records import (
     read_manifest,
     read_schedule,
 )
-from kvloom_store import codec, refs, restore, segments, trie
+from kvloom_store import codec, refs, restore, trie
 from kvloom_store.bundle_plan import BundlePlan, Chosen, PlannedSegment, PlannedState
 from kvloom_store.checksum import checked, digest
 from kvloom_store.database import now_us
@@ -218,25 +218,29 @@ def _segment(conn: sa.Connection, numbers: _Numbers, part: PlannedSegment) -> It
     base = None if part.base is None else numbers.segments[part.base]
     number = numbers.provenances[values["provenance"]]
     yield SegmentRecord(numbers.nodes[part.node], base, pack(schedule), number, pack(manifest))
+    layers = expand(manifest.layers)
     for spec in sorted(manifest.chunks, key=_key):
-        yield ChunkRecord(cut.get(_key(spec)) or _blob(conn, part.row, spec))
+        made = cut.get(_key(spec))
+        yield ChunkRecord(_chunk(conn, part.row, layers, spec)[0] if made is None else made)
 
 
 def _key(spec: ChunkSpec) -> tuple[int, int, int]:
     return (int(spec.kind), spec.layer, spec.position)
 
 
-def _blob(conn: sa.Connection, row: int, spec: ChunkSpec) -> bytes:
-    """A chunk as it is stored. Raises StateDamaged."""
+def _chunk(conn: sa.Connection, row: int, layers: list[LayerSpec], spec: ChunkSpec) -> tuple[bytes, codec.Buffer]:
+    """A chunk as it is stored, and its raw bytes. Raises StateDamaged."""
     at = (chunk.c.segment == row) & (chunk.c.kind == int(spec.kind))
     at &= (chunk.c.layer == spec.layer) & (chunk.c.position == spec.position)
     found = conn.execute(sa.select(chunk).where(at)).one_or_none()
     if found is None:
         raise StateDamaged(f"chunk {spec.layer} at {spec.position} of segment {row} is missing", 0)
+    values = dict(found._mapping)
     try:
-        return restore.checked_blob(dict(found._mapping), row, spec)
+        raw = restore.checked_raw(values, layers, row, spec)
     except FormatError as error:
         raise StateDamaged(str(error), 0) from error
+    return values["blob"], raw
 
 
 def _cut(
@@ -252,16 +256,12 @@ def _cut(
         elif spec.position + spec.tokens <= part.end:
             specs.append(spec)
         elif spec.position < part.end:
-            raw = _first_rows(_decoded(_blob(conn, part.row, spec), layers, spec), layers, spec, part.end)
+            raw = _first_rows(_chunk(conn, part.row, layers, spec)[1], layers, spec, part.end)
             new = replace(spec, tokens=part.end - spec.position, codec=codec.RAW, raw_length=len(raw))
             new = replace(new, stored_length=len(raw), raw_digest=digest(raw), stored_digest=digest(raw))
             specs.append(new)
             cut[_key(new)] = raw
     return Manifest(manifest.start, part.end, manifest.chunk_tokens, manifest.layers, tuple(specs)), cut
-
-
-def _decoded(blob: bytes, layers: list[LayerSpec], spec: ChunkSpec) -> codec.Buffer:
-    return codec.decode(blob, segments.item_bytes(layers, spec), spec.raw_length, spec.codec)
 
 
 def _first_rows(raw: codec.Buffer, layers: list[LayerSpec], spec: ChunkSpec, end: int) -> bytes:

@@ -121,7 +121,7 @@ def _load_wanted(
         read, manifest, spec = found
         try:
             layers = expand(manifest.layers)
-            raw = _checked_raw(values, layers, read.segment, spec)
+            raw = checked_raw(values, layers, read.segment, spec)
             _scatter(
                 raw, layers, spec, max(spec.position, read.start), min(spec.position + spec.tokens, read.end), sink
             )
@@ -159,7 +159,7 @@ def load_keyframe(conn: sa.Connection, links: Sequence[Link], keyframe: Keyframe
         if spec is None:
             continue
         try:
-            raw = _checked_raw(values, layers, link.id, spec)
+            raw = checked_raw(values, layers, link.id, spec)
         except FormatError as error:
             raise StateDamaged(str(error), link.start) from error
         total += spec.stored_length
@@ -202,8 +202,8 @@ def _blobs(conn: sa.Connection, kind: LayerKind, reads: Sequence[Read], wanted: 
             yield dict(row._mapping)
 
 
-def checked_blob(values: dict[str, Any], segment_id: int, spec: ChunkSpec) -> bytes:
-    """The stored bytes of a chunk's row, if they are what was written. Raises ChecksumMismatch."""
+def checked_raw(values: dict[str, Any], layers: list[LayerSpec], segment_id: int, spec: ChunkSpec) -> codec.Buffer:
+    """The raw bytes of a chunk's row, if it is what was written. Raises FormatError, ChecksumMismatch among them."""
     stored = values["blob"]
     found = digest(stored) if isinstance(stored, bytes) else b""
     what = f"chunk {spec.layer} at {spec.position} of segment {segment_id}"
@@ -214,16 +214,9 @@ def checked_blob(values: dict[str, Any], segment_id: int, spec: ChunkSpec) -> by
     actual = row_checksum(chunk, row)
     if checksum != actual:
         raise ChecksumMismatch(what, checksum, actual)
-    return bytes(stored)
-
-
-def _checked_raw(values: dict[str, Any], layers: list[LayerSpec], segment_id: int, spec: ChunkSpec) -> codec.Buffer:
-    """The raw bytes of a chunk's row, if it is what was written. Raises FormatError, ChecksumMismatch among them."""
-    stored = checked_blob(values, segment_id, spec)
     items = {ITEM_BYTES[tensor.dtype] for number in covered(layers, spec) for tensor in layers[number].tensors}
     raw = codec.decode(stored, items.pop() if len(items) == 1 else 1, spec.raw_length, spec.codec)
     if spec.codec != codec.RAW and digest(raw) != spec.raw_digest:
-        what = f"chunk {spec.layer} at {spec.position} of segment {segment_id}"
         raise ChecksumMismatch(what, spec.raw_digest, digest(raw))
     return raw
 
