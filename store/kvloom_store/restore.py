@@ -271,8 +271,8 @@ def _blobs(conn: sa.Connection, kind: LayerKind, reads: Sequence[Read], wanted: 
             yield dict(row._mapping)
 
 
-def checked_blob(values: dict[str, Any], segment_id: int, spec: ChunkSpec) -> bytes:
-    """The stored bytes of a chunk's row, if they are what was written. Raises ChecksumMismatch."""
+def checked_raw(values: dict[str, Any], layers: list[LayerSpec], segment_id: int, spec: ChunkSpec) -> codec.Buffer:
+    """The raw bytes of a chunk's row, if it is what was written. Raises FormatError, ChecksumMismatch among them."""
     stored = values["blob"]
     found = digest(stored) if isinstance(stored, bytes) else b""
     what = f"chunk {spec.layer} at {spec.position} of segment {segment_id}"
@@ -283,12 +283,6 @@ def checked_blob(values: dict[str, Any], segment_id: int, spec: ChunkSpec) -> by
     actual = row_checksum(chunk, row)
     if checksum != actual:
         raise ChecksumMismatch(what, checksum, actual)
-    return bytes(stored)
-
-
-def checked_raw(values: dict[str, Any], layers: list[LayerSpec], segment_id: int, spec: ChunkSpec) -> codec.Buffer:
-    """The raw bytes of a chunk's row, if it is what was written. Raises FormatError, ChecksumMismatch among them."""
-    stored = checked_blob(values, segment_id, spec)
     if spec.codec == RAW:
         return codec.decode(stored, 1, spec.raw_length, RAW)
     if spec.codec in LOSSY:
@@ -296,7 +290,6 @@ def checked_raw(values: dict[str, Any], layers: list[LayerSpec], segment_id: int
     else:
         raw = codec.decode(stored, item_bytes(layers, spec), spec.raw_length, spec.codec)
     if digest(raw) != spec.raw_digest:
-        what = f"chunk {spec.layer} at {spec.position} of segment {segment_id}"
         raise ChecksumMismatch(what, spec.raw_digest, digest(raw))
     return raw
 
