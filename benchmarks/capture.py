@@ -27,7 +27,7 @@ WRITTEN = 8
 """Turns whose bytes are counted."""
 
 QUESTION = "Chapter {}: tell me at length what happens next, and why."
-QUICK = {"prefix": 512, "tokens": 16, "rounds": 3, "written": 3}
+QUICK = {"prefix": 256, "tokens": 12, "rounds": 3, "written": 2}
 
 
 def measure(folder: str, model: str, dtype: str, prefix: int, tokens: int, rounds: int) -> dict[str, list[float]]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import sys
+import json
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from benchmarks.common import machine, table, timed, words
+from benchmarks.common import ids, machine, timed
+from benchmarks.processes import in_new_process
+from benchmarks.report import Bar, Section, Table
 
 TOKENS = 4096
 ROUNDS = 5
+QUICK = {"tokens": 1024, "dtypes": ("bfloat16",)}
 
 
 class Chunk(NamedTuple):
@@ -19,21 +23,20 @@ class Chunk(NamedTuple):
     item_bytes: int
 
 
-def state(dtype: str, tokens: int) -> list[Chunk]:
-    """SmolLM2's state of the shipped novel's first tokens, cut into chunks as the store cuts it."""
+def state(model: str, dtype: str, tokens: int) -> list[Chunk]:
+    """A model's state of the shipped novel's first tokens, cut into chunks as the store cuts it."""
     from kvloom import load_engine
     from kvloom_proto.records import expand
     from kvloom_store import segments
     from kvloom_store.rows import Captured
 
-    engine = load_engine("smollm2", dtype=dtype)
-    ids = engine.tokenizer(words(engine.tokenizer, tokens))["input_ids"][:tokens]
-    live = engine.new_state(len(ids))
-    engine.prefill(live, ids)
+    engine = load_engine(model, dtype=dtype)
+    live = engine.new_state(tokens)
+    engine.prefill(live, ids(engine.tokenizer, tokens))
     layers, source = expand(live.layers), Captured(live.source, {})
     return [
         Chunk(segments.gather(source, layers, spec), segments.item_bytes(layers, spec))
-        for spec in segments.cut(live.layers, 0, len(ids))
+        for spec in segments.cut(live.layers, 0, tokens)
     ]
 
 
@@ -67,30 +70,46 @@ def measure(chunks: list[Chunk], name: str, rounds: int = ROUNDS) -> dict[str, A
     }
 
 
-def run(tokens: int = TOKENS, dtypes: tuple[str, ...] = ("bfloat16", "float32")) -> dict[str, Any]:
-    """Every codec, in both dtypes."""
+def measure_all(model: str, dtype: str, tokens: int) -> dict[str, Any]:
+    """In a process of its own: every codec that can be set."""
     from kvloom_proto import codecs
 
-    results: dict[str, Any] = {"machine": machine(), "tokens": tokens}
-    for dtype in dtypes:
-        chunks = state(dtype, tokens)
-        results[dtype] = {name: measure(chunks, name) for name in codecs.SETTINGS}
-    return results
+    chunks = state(model, dtype, tokens)
+    return {name: measure(chunks, name) for name in codecs.SETTINGS}
 
 
-def rows(results: dict[str, Any]) -> list[list[str]]:
-    """The results as a table."""
-    found = []
-    for dtype, codecs in results.items():
-        for name, each in codecs.items() if dtype.startswith(("bfloat", "float")) else ():
+def run(
+    model: str = "smollm2", tokens: int = TOKENS, dtypes: Sequence[str] = ("bfloat16", "float32")
+) -> dict[str, Any]:
+    """Every codec, in both dtypes."""
+    return {
+        "tokens": tokens,
+        **{dtype: in_new_process(measure_all, model=model, dtype=dtype, tokens=tokens) for dtype in dtypes},
+    }
+
+
+def section(found: Mapping[str, Any]) -> Section:
+    """A row a codec; the bars of show 6."""
+    rows, bars, threads = [], [], 1
+    for dtype, codecs in ((name, value) for name, value in found.items() if isinstance(value, dict)):
+        for name, each in codecs.items():
             used = name if each["used"] == [name] else f"{name} ({', '.join(each['used'])})"
             rates = [f"{each['gb_per_second'][which]:.2f}" for which in ("pack", "unpack", "together")]
-            found.append([dtype, used, f"{each['times_smaller']:.3f}", f"{each['bits']:.2f}", *rates])
-    return found
+            rows.append([dtype, used, f"{each['times_smaller']:.3f}", f"{each['bits']:.2f}", *rates])
+            threads = each["threads"]
+        if dtype == "bfloat16":
+            best = max(codecs, key=lambda name: codecs[name]["times_smaller"])
+            smaller, speed = codecs[best]["times_smaller"], codecs[best]["gb_per_second"]["together"]
+            bars.append(Bar(f"codec {best}, {dtype}: times smaller than raw", smaller, 1.58, at_least=True))
+            bars.append(Bar(f"codec {best}, {dtype}: unpacking", speed, 2, at_least=True, unit=" GB/s"))
+    columns = ["", "codec", "times smaller", "bits an element", "pack GB/s", "unpack GB/s", f"on {threads} threads"]
+    text = (
+        f"The state of {found['tokens']:,} tokens of natural text, cut into chunks as the store cuts it: how much "
+        "smaller each lossless codec makes it, and how fast it packs and unpacks (GB of raw bytes a second, the best "
+        "of some rounds)."
+    )
+    return Section("Codecs", text, [Table(columns, rows)], bars=bars)
 
 
 if __name__ == "__main__":
-    results = run()
-    print(f"{results['tokens']} tokens; {results['machine']}", file=sys.stderr)
-    head = ["dtype", "codec", "times smaller", "bits an element", "pack GB/s", "unpack GB/s", "on all threads"]
-    print(table(head, rows(results)))
+    print(json.dumps({"machine": machine(), **run()}, indent=2))

@@ -107,7 +107,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Columns for a terminal: the first one to the left, numbers to the right, nothing for None."""
-    cells = [list(head), *([_cell(value) for value in row] for row in rows)]
+    cells = [list(head), *([cell_text(value) for value in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(cell.rjust(width) if number else cell.ljust(width) for number, (cell, width) in enumerate(zipped))
@@ -115,7 +115,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     )
 
 
-def _cell(value: object) -> str:
+def cell_text(value: object) -> str:
+    """A figure of a table."""
     if isinstance(value, float):
         return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
     return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)

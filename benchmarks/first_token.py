@@ -34,15 +34,17 @@ AGAIN = 5
 FEW = 4096
 """Recomputing more tokens than these is measured once in each way."""
 
-QUICK = {"lengths": (256, 1024), "short": (32,), "rounds": 1, "dtypes": ("float32",)}
+QUICK = {"lengths": (1024,), "short": (32, 256), "rounds": 1, "dtypes": ("float32",)}
 
 
-def prepare(store: str, model: str, dtype: str, tokens: int) -> None:
-    """A conversation of one turn, whose state is held for one more token than that."""
+def prepare(stores: Mapping[str, str], model: str, dtype: str) -> None:
+    """For each length a store with a conversation of one turn, whose state is held for one more token than that."""
     import kvloom
 
-    with kvloom.open(store, model=model, dtype=dtype, codec="raw") as loom:
-        tell(loom, SESSION, ids(loom.engine.tokenizer, tokens + 1))
+    engine = kvloom.load_engine(model, dtype=dtype)
+    for tokens, store in stores.items():
+        with kvloom.open(store, model=engine, codec="raw") as loom:
+            tell(loom, SESSION, ids(engine.tokenizer, int(tokens) + 1))
 
 
 def measure(
@@ -116,10 +118,8 @@ def run(
 
 
 def _prepared(folder: Path, model: str, dtype: str, lengths: Sequence[int]) -> dict[str, str]:
-    stores = {}
-    for tokens in lengths:
-        stores[str(tokens)] = str(folder / f"{dtype}-{tokens}.db")
-        in_new_process(prepare, store=stores[str(tokens)], model=model, dtype=dtype, tokens=tokens)
+    stores = {str(tokens): str(folder / f"{dtype}-{tokens}.db") for tokens in lengths}
+    in_new_process(prepare, stores=stores, model=model, dtype=dtype)
     return stores
 
 

@@ -33,6 +33,7 @@ from kvloom_store.rows import Captured, RowBuffer
 TOKENS = (32_000, 128_000)
 STORE_BYTES = 8 << 30
 ROUNDS = 3
+QUICK = {"quick": True}
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 128,
@@ -54,7 +55,7 @@ FILL_ROW, FILL_ROWS = 16 << 10, 16 << 10
 """What else is in a large store: segments of at most 256 MiB, in chunks of 4 MiB."""
 
 
-def measure(quick: bool = False) -> dict[str, Any]:
+def run(quick: bool = False) -> dict[str, Any]:
     """For each length and store: seconds, and what was resident at most, over the bytes of the state.
 
     ``capture`` and ``resume`` are those of a loop of one's own, with the model's layers over the memory.
@@ -296,4 +297,4 @@ if __name__ == "__main__":
         values = [int(each) if each.isdigit() else each for each in sys.argv[3:]]
         print(json.dumps(PARTS[sys.argv[1]](Path(sys.argv[2]), *values)))  # type: ignore[operator]
     else:
-        main(measure, show)
+        main(run, show)

@@ -11,6 +11,7 @@ from benchmarks.common import machine, table, words
 
 PREFIX = 2048
 MEASURED = 512
+QUICK = {"prefix": 512, "measured": 64}
 
 
 def logprobs(engine: Any, live: Any, ids: list[int], pass_tokens: int = 64) -> Any:

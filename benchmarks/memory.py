@@ -21,7 +21,7 @@ from benchmarks.stored import SESSION
 
 PREFIX, BRANCHES, TOKENS = 2048, 8, 16
 QUESTION = "Branch {}: who is it about, and where do they live?"
-QUICK = {"prefix": 512, "branches": 4, "tokens": 4}
+QUICK = {"prefix": 256, "branches": 3, "tokens": 4}
 
 
 def prepare(store: str, model: str, dtype: str, prefix: int, branches: int, tokens: int) -> None:

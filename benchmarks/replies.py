@@ -21,6 +21,7 @@ REPLIES = 200
 NEW = 16
 NAMES = ("replies", "prompt")
 DTYPES = ("float32", "bfloat16")
+QUICK = {"rounds": 1, "tokens": 512, "replies": 10, "dtypes": ("float32",)}
 
 
 def prepare(folder: Path, dtype: str, tokens: int, replies: int) -> None:

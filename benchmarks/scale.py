@@ -17,12 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import synthetic
-from benchmarks.common import machine, main, table, timed
+from benchmarks.common import cell_text, machine, main, table, timed
+from benchmarks.plot import LinePlot, Point
+from benchmarks.report import Bar, Section, Table
 from benchmarks.small import engine_of, one_thread
 from benchmarks.synthetic import COMMON, RARE, TOKENS, Synthetic
 
@@ -57,6 +59,7 @@ TINY: dict[str, Any] = {
 """The model that says something: a pass of it is soon done."""
 
 COMMANDS = ("ls", "tree", "log")
+QUICK = {"quick": True}
 MEDIAN_MS, P99_MS, GROWTH = 2, 10, 3
 """What the longest match may take, and how much more of it among 100,000 nodes than among 1,000."""
 
@@ -190,7 +193,7 @@ class Subject:
         return lambda: self.loom.remove(name)
 
 
-def measure(quick: bool = False) -> dict[str, Any]:
+def run(quick: bool = False) -> dict[str, Any]:
     """Milliseconds of each operation at each size, and how they grow; seconds of processor time of whole commands.
 
     ``match`` is the longest-prefix match of a stored path with random tokens behind it, ``held`` what of it has state,
@@ -272,17 +275,22 @@ def _odd_shapes(folder: Path, wide: int, deep: int) -> dict[str, Any]:
     return found
 
 
-def show(found: dict[str, Any]) -> str:
-    """The figures as a table."""
+def figures(found: Mapping[str, Any]) -> tuple[list[str], list[list[object]]]:
+    """The head of a table and its rows."""
     head = ["ms (of commands: processor time)", *(f"{count:,} nodes" for count in found["nodes"]), "p99", "times"]
     head += [f"{name}: {found[name]['nodes']:,} nodes" for name in ("wide", "deep")]
-    rows = []
+    rows: list[list[object]] = []
     for name, each in found["operations"].items():
         odd = [_only(found[shape]["operations"].get(name)) for shape in ("wide", "deep")]
         rows.append([name, *each["median"], each["p99"][-1], each["growth"], *odd])
     for name, each in found["commands"].items():
         odd = [_only(found[shape]["commands"].get(name)) for shape in ("wide", "deep")]
         rows.append([f"kvloom {name}", *each["median"], None, each["growth"], *odd])
+    return head, rows
+
+
+def show(found: dict[str, Any]) -> str:
+    """The figures as a table."""
     match = found["operations"]["match"]
     used = match["processor"]
     bars = (
@@ -290,7 +298,32 @@ def show(found: dict[str, Any]) -> str:
         f"percentile {match['p99'][-1]:.2f} (at most {P99_MS}), grown {match['growth']:.2f} times (at most {GROWTH});\n"
         f"of processor time: {used['median'][-1]:.2f} ms, {used['p99'][-1]:.2f}, {used['growth']:.2f} times"
     )
-    return f"{table(head, rows)}\n{bars}"
+    return f"{table(*figures(found))}\n{bars}"
+
+
+def section(found: Mapping[str, Any]) -> Section:
+    """The same on the page, with a plot of the longest match; the bars of show 7."""
+    head, rows = figures(found)
+    match, tokens = found["operations"]["match"], f"{found['tokens'][-1]:,}"
+    bars = [
+        Bar(f"longest match among {tokens} tokens: median", match["median"][-1], MEDIAN_MS, unit=" ms"),
+        Bar(f"longest match among {tokens} tokens: 99th percentile", match["p99"][-1], P99_MS, unit=" ms"),
+        Bar(f"longest match: growth to {found['nodes'][-1]:,} nodes", match["growth"], GROWTH, unit=" times"),
+    ]
+    series = {
+        said: [Point(n, y, y, y) for n, y in zip(found["nodes"], match[name], strict=True)]
+        for name, said in (("median", "median"), ("p99", "99th percentile"))
+    }
+    sizes = ", ".join(f"{count:,}" for count in found["nodes"])
+    text = (
+        f"Stores of {sizes} nodes, the largest of {tokens} tokens, measured by turns: `match` is the longest-prefix "
+        "match of a stored path with other tokens behind it, `held` what of it has state, `add` the transaction of a "
+        "turn. The 99th percentile is that of the largest store, *times* how much the median grows from the smallest. "
+        "A wide trie has a node with very many children, a deep one a very long path."
+    )
+    plot = LinePlot("scale", "Longest match over the size of the trie", "nodes", "milliseconds", series)
+    cells = [[cell_text(value) for value in row] for row in rows]
+    return Section("Large stores", text, [Table(head, cells)], [plot], bars)
 
 
 def _only(figures: dict[str, Any] | None) -> float | None:
@@ -298,4 +331,4 @@ def _only(figures: dict[str, Any] | None) -> float | None:
 
 
 if __name__ == "__main__":
-    main(measure, show)
+    main(run, show)

@@ -20,7 +20,7 @@ from benchmarks.stored import SESSION
 PREFIX = 4096
 QUESTION = "Question {}: who speaks first, and to whom?"
 AGAIN = 3
-QUICK = {"prefix": 1024, "rounds": 1, "dtypes": ("float32",)}
+QUICK = {"prefix": 512, "rounds": 1, "dtypes": ("float32",)}
 
 
 def prepare(store: str, model: str, dtype: str, tokens: int) -> None:
