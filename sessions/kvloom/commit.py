@@ -122,6 +122,7 @@ class Commits:
         return commit_all(self._loom, [(self, addition)])[0]
 
     def _insert(self, conn: sa.Connection, addition: Addition) -> tuple[Turn, TurnState]:
+        refs.check_session(conn, self._branch.session)
         loom, root, held, tip = self._loom, self._loom.root, addition.held, addition.tip
         if held is not None:
             base = held.chain[-1].handle if held.chain else None
@@ -169,6 +170,7 @@ class Commits:
     def add_bare(self, new: NewTurn, parent: Turn | None) -> Turn:
         """Add a turn without tokens below ``parent``: a system message, whose tokens come with the next one."""
         with self._loom.database.write() as conn:
+            refs.check_session(conn, self._branch.session)
             return self._turn(conn, new, parent)
 
     def _turn(self, conn: sa.Connection, new: NewTurn, parent: Turn | None) -> Turn:

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from kvloom_store import spans, turns
 from kvloom_store.checksum import checked, insert, unpacked, update
 from kvloom_store.database import allocate, now_us
-from kvloom_store.errors import InvalidName, RefConflict, RefExists, RefNotFound
+from kvloom_store.errors import InvalidName, RefConflict, RefExists, RefNotFound, RemovedMeanwhile
 from kvloom_store.names import MAIN, Ref, check_name, nearest
 from kvloom_store.schema import branch, session, tag, turn
 from kvloom_store.turns import Turn
@@ -103,6 +103,12 @@ def get_session(conn: sa.Connection, name: str) -> SessionRow:
 def session_of(conn: sa.Connection, row: int) -> SessionRow:
     """The session in a row."""
     return _session(checked(session, conn.execute(sa.select(session).where(session.c.id == row)).one()))
+
+
+def check_session(conn: sa.Connection, row: int) -> None:
+    """Whether a session that is being used is still there. Raises RemovedMeanwhile."""
+    if conn.execute(sa.select(session.c.id).where(session.c.id == row)).first() is None:
+        raise RemovedMeanwhile
 
 
 def rename_session(conn: sa.Connection, old: str, new: str) -> SessionRow:

@@ -173,6 +173,26 @@ def test_a_reply_that_ends_leaves_nothing_noted(tmp_path: Path, monkeypatch: pyt
     branch._loom.close()
 
 
+def test_noting_takes_no_more_than_its_share_but_happens_every_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(kvloom.journal, "SHARE", 0.01)
+    monkeypatch.setattr(kvloom.journal.time, "perf_counter", lambda: now)
+    with KVLoom(tmp_path / "kvloom.db") as loom:
+        noted = kvloom.journal.Journal(loom)
+        assert not noted.is_due(0)
+        assert [noted.is_due(tokens) for tokens in (7, 8)] == [False, True]
+        noted._took = 0.005
+        assert not noted.is_due(8)
+        now += 0.5
+        assert noted.is_due(8)
+        noted._took = 0.2
+        assert not noted.is_due(8)
+        now += 0.5
+        assert noted.is_due(1)
+
+
 def test_a_living_process_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "kvloom.db"
     branch = said(path, "llama")
