@@ -100,7 +100,7 @@ def _print(report: Report) -> None:
     lost, heals, notes = (f"{report.count(each):,}" for each in reversed(Severity))
     state = f", {size(report.bytes)} of state" if report.bytes else ""
     verdict = "sound" if report.sound else "damaged"
-    click.echo(f"{verdict}: {report.rows:,} rows{state} checked; {lost} findings are lost, {heals} heal, {notes} are notes")
+    click.echo(f"{verdict}: {report.rows:,} rows{state} checked; {lost} lost, {heals} to be healed, {notes} notes")
 
 
 def _repair(options: Options, report: Report, done: list[str], *, yes: bool) -> Report:
