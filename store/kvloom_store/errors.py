@@ -50,7 +50,7 @@ class CorruptRow(StoreError):
     def __init__(self, table: str, key: object) -> None:
         super().__init__(
             f"row {key!r} of table {table!r} is damaged (its checksum does not match)",
-            hint="restore the file from a backup; other sessions of the store stay readable",
+            hint="kvloom fsck --repair mends it, or sets it aside; other sessions of the store stay readable",
         )
         self.table = table
         self.key = key
