@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 PACKAGES := proto/kvloom_proto store/kvloom_store sessions/kvloom
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test exact models lint bench bench-peers clean
+.PHONY: help install demo test exact models torture lint bench bench-peers clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
@@ -29,6 +29,9 @@ exact: $(INSTALLED) ## 200 trials of every kind of model: is every bit that is r
 
 models: $(INSTALLED) ## docs/models.md anew, by running every kind of model; ARGS="--json FILE" with the trials of make exact
 	OMP_NUM_THREADS=1 $(PY) docs/models.py $(ARGS)
+
+torture: $(INSTALLED) ## kill processes, fill disks, crowd a store, and write docs/torture.md anew
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(PY) -m torture.run $(ARGS)
 
 lint: $(INSTALLED) ## ruff, its format check, and mypy --strict on the three packages
 	$(PY) -m ruff check .

@@ -162,17 +162,20 @@ def restore(store: Path, tokens: int, case: str) -> dict[str, float]:
 
     opened, database = timed(lambda: Database(store))
     with watched() as memory:
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.process_time()
         ahead = Prefetch(database, f"long-{tokens}", "main")
         taken = ahead.take(LAYERS)
-        seconds = time.perf_counter() - began
+        seconds, processor = time.perf_counter() - began, time.process_time() - used
     assert taken is not None
     (rows, plan), size = taken, tokens * ROW_BYTES
     assert ahead.bytes_read == size
     with database.read() as conn:
         links = stored.chain(conn, plan.rows[-1].segment)
+        used = time.process_time()
         again = timed(lambda: stored.load(conn, links, plan.rows, plan.windows, rows))[0]
-    found = {"open": opened, "seconds": seconds, "again": again} | _over(memory, size)
+        again_processor = time.process_time() - used
+    found = {"open": opened, "seconds": seconds, "processor": processor} | _over(memory, size)
+    found |= {"again": again, "again_processor": again_processor}
     if case == "log":  # closing would move the log into the file, and the next one is to find it as this one did
         _told_and_killed(found)
     return found
@@ -264,16 +267,23 @@ def _child(what: str, store: Path, *arguments: object) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
+RATES = ("seconds", "processor", "again", "again_processor")
+
+
 def show(found: dict[str, Any]) -> str:
-    """The figures as a table: the stores, and a loop of one's own; beyond the state is what was resident at most."""
-    head = ["", "state MB", "file MB", "log MB", "open ms", "ms", "GB/s", "again", "beyond %", "grow ms", "beyond %"]
+    """The figures as a table: the stores, and a loop of one's own.
+
+    GB/s into fresh memory, and once more into the same; beyond the state: what was resident at most.
+    """
+    head = ["", "state MB", "file MB", "log MB", "open ms", "ms", "GB/s", "of proc.", "again", "of proc."]
+    head += ["beyond %", "grow ms", "beyond %"]
     rows: list[list[object]] = []
     for tokens, each in found["lengths"].items():
         for name in (*CASES, "resume", "capture"):
             row, files = each[name], each["files"].get(name, {})
             values = [each["state"] / 1e6, *(files[kind] / 1e6 if files else None for kind in ("file", "log"))]
             values += [row["open"] * 1e3 if "open" in row else None, row["seconds"] * 1e3]
-            values += [each["state"] / 1e9 / row[part] if part in row else None for part in ("seconds", "again")]
+            values += [each["state"] / 1e9 / row[part] if part in row else None for part in RATES]
             values += [row["extra"] * 100, row["grow"] * 1e3 if "grow" in row else None]
             values += [row["grow_extra"] * 100 if "grow_extra" in row else None]
             rows.append([f"{int(tokens):,} tokens, {name}", *values])

@@ -222,6 +222,7 @@ class Builder:
             stored_bytes=manifest.stored_bytes,
             complete=1,
             created=self._now,
+            lossy=0,
         )
         waiting = self._rows.setdefault(schema.chunk.name, [])
         waiting += [segments.chunk_row(row, spec, blob) for spec, blob in zip(chunks, blobs, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import re
 from pathlib import Path
 
@@ -52,9 +53,25 @@ def test_the_format_page_works_its_example_through():
 
     page = (ROOT / "proto" / "FORMAT.md").read_text()
     example = page[page.index("A worked example") : page.index("## Limits")]
-    lines = [line for line in example.splitlines() if re.match(r"\s+(?:[0-9a-f]{2} )+", line)]
-    shown = "".join(re.match(r"\s+((?:[0-9a-f]{2}\b ?)+)", line)[1] for line in lines).replace(" ", "")
-    assert bytes.fromhex(shown) == pack(Schedule((Pass(0, 1024), Pass(1024, 26), Pass(1050, 1, 23))))
+    assert shown_bytes(example) == pack(Schedule((Pass(0, 1024), Pass(1024, 26), Pass(1050, 1, 23))))
+
+
+def test_the_format_page_works_a_bundle_through():
+    from kvloom_proto.bundle import BranchRecord, Encoding, Head, SessionRecord
+    from kvloom_proto.frames import Writer
+
+    page = (ROOT / "proto" / "FORMAT.md").read_text()
+    file = io.BytesIO()
+    writer = Writer(file, Encoding.PROTOBUF)
+    for record in (Head(5, "x", False), SessionRecord("a", b"\x80"), BranchRecord("main", None)):
+        writer.add(record)
+    writer.finish()
+    assert shown_bytes(page[page.index("A worked bundle") :]) == file.getvalue()
+
+
+def shown_bytes(example: str) -> bytes:
+    lines = [line for line in example.splitlines() if re.match(r"\s+(?:[0-9a-f]{2} )+", line + " ")]
+    return bytes.fromhex("".join(re.match(r"\s+((?:[0-9a-f]{2}\b ?)+)", line)[1] for line in lines).replace(" ", ""))
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("*/*.md")))

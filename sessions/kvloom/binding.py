@@ -63,14 +63,17 @@ def bind(session: Session, source: str | None = None, options: Mapping[str, Any]
 
 def check_model(session: Session) -> None:
     """Refuse to go on with a session under a model that is not its own; one that has none yet gets this one.
+    Afterwards ``loom.root`` is the model's.
 
     Raises:
         ModelMismatch: with the first field that differs.
     """
-    if not is_bound(session.settings):
-        return bind(session)
-    settings, engine = session.settings, session.loom.engine
+    engine = session.loom.engine
     live = engine.identity()
+    if not is_bound(session.settings):
+        bind(session)
+        return session.loom.follow(live)
+    settings = session.settings
     found = differences(settings["model_fields"], live.fields)
     if found:
         # With another dtype the weights differ too; what the user can change is named.
@@ -79,7 +82,7 @@ def check_model(session: Session) -> None:
         raise ModelMismatch("tokenizer", settings["tokenizer"][:16], live.tokenizer[:16])
     if not settings["model"]:  # it was imported, and where its model lies was nobody's business
         _remember(session, {**settings, "model": engine.name})
-    return None
+    return session.loom.follow(live)
 
 
 def _remember(session: Session, settings: Mapping[str, Any]) -> None:

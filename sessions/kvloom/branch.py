@@ -313,6 +313,7 @@ class Branch:
 
     def _path(self) -> tuple[list[Turn], dict[int, TurnState]]:
         """The turns down to the branch as it stands now, and what this model made of them."""
+        self._loom.keep_unfinished()
         self._loom.prefetch(self.session.name, self.name)
         check_model(self.session)
         root = self._loom.root

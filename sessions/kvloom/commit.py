@@ -12,7 +12,6 @@ from kvloom.resume import hidden_bytes
 from kvloom.steps import NewTurn
 from kvloom_proto.scores import pack_scores
 from kvloom_store import refs, segments, trie, turns
-from kvloom_store.errors import RefConflict
 from kvloom_store.refs import Branch as BranchRow
 from kvloom_store.turns import Turn, TurnState
 from kvloom_store.writer import Handle
@@ -96,6 +95,11 @@ class Commits:
         self.notices: list[str] = []
 
     @property
+    def reuse(self) -> bool:
+        """Whether what is committed is to be stored; else it is a variant."""
+        return self._reuse
+
+    @property
     def branch(self) -> BranchRow:
         """The branch, as it stands after the last turn."""
         assert not isinstance(self._branch, NewBranch)
@@ -118,6 +122,7 @@ class Commits:
         return commit_all(self._loom, [(self, addition)])[0]
 
     def _insert(self, conn: sa.Connection, addition: Addition) -> tuple[Turn, TurnState]:
+        refs.check_session(conn, self._branch.session)
         loom, root, held, tip = self._loom, self._loom.root, addition.held, addition.tip
         if held is not None:
             base = held.chain[-1].handle if held.chain else None
@@ -165,6 +170,7 @@ class Commits:
     def add_bare(self, new: NewTurn, parent: Turn | None) -> Turn:
         """Add a turn without tokens below ``parent``: a system message, whose tokens come with the next one."""
         with self._loom.database.write() as conn:
+            refs.check_session(conn, self._branch.session)
             return self._turn(conn, new, parent)
 
     def _turn(self, conn: sa.Connection, new: NewTurn, parent: Turn | None) -> Turn:
@@ -188,12 +194,14 @@ class Commits:
             name = refs.free_name(conn, there.session, there.name, first=1) if there.numbered else there.name
             self._branch = refs.add_branch(conn, there.session, name, turn.row)
             return
-        try:
-            self._branch = refs.move_branch(conn, there.row, there.turn, turn.row)
-        except RefConflict as conflict:
-            name = refs.free_name(conn, there.session, conflict.name)
-            self._branch = refs.add_branch(conn, there.session, name, turn.row)
-            self.notices.append(f"branch {conflict.name!r} moved meanwhile; this turn is kept on branch {name!r}")
+        self._branch, happened = refs.move_on(conn, there, turn.row)
+        if happened:
+            was = {"moved": "moved", "removed": "was removed"}[happened]
+            own = self._branch.name
+            self.notices.append(
+                f"branch {there.name!r} {was} meanwhile, by another process; this turn is kept on branch {own!r}: "
+                f"go on there, or say it again where you want it"
+            )
 
 
 def commit_all(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
+from kvloom.binding import check_model
 from kvloom.edit import again
 from kvloom.errors import ContextOverflow, NothingToDo, SessionError
 from kvloom.path import Said, path_to, said
@@ -51,6 +52,7 @@ class Compaction:
             ContextOverflow: the request for a summary does not fit any more.
             and what ``PlannedBranch`` raises.
         """
+        check_model(session)
         loom, root = session.loom, session.loom.root
         self._session = session
         self._branch = branch

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from kvloom.binding import check_model
 from kvloom.errors import InvalidText, NothingToDo
 from kvloom.path import Said, find, path_to
 from kvloom.plaintext import check_unicode
@@ -37,6 +38,7 @@ def plan(
     if not text.strip():
         raise InvalidText("there is nothing to say", hint="give some text; kvloom fork leaves a turn out")
     check_unicode(text)
+    check_model(session)
     root = session.loom.root
     with session.loom.database.read() as conn:
         target = find(conn, ref)

@@ -4,8 +4,8 @@ KVLoomError                 catch-all: .hint says what to do next, .exit_code is
   FormatError      10       bytes: NotABundle, Truncated, LimitExceeded, UnsupportedVersion, UnknownCodec,
                             ChecksumMismatch
   StoreError       20       database: NotAStore, StoreUnavailable, StoreLocked, SchemaTooNew,
-                            CorruptRow, RefNotFound, RefExists, RefConflict, InvalidName,
-                            InvalidQuery, AnotherSession
+                            CorruptRow, RefNotFound, RefExists, RefConflict, RemovedMeanwhile,
+                            InvalidName, InvalidQuery, AnotherSession
   EngineError      30       model: ModelNotFound, ModelMismatch, UnsupportedModel, UnsupportedInput,
                             ContextOverflow
   SessionError     40       use: InvalidText, NothingToDo, ReuseRequired, Closed
@@ -32,6 +32,7 @@ from kvloom_store.errors import (
     RefConflict,
     RefExists,
     RefNotFound,
+    RemovedMeanwhile,
     SchemaTooNew,
     StoreError,
     StoreLocked,
@@ -59,6 +60,7 @@ __all__ = [
     "RefConflict",
     "RefExists",
     "RefNotFound",
+    "RemovedMeanwhile",
     "ReuseRequired",
     "SchemaTooNew",
     "SessionError",

@@ -13,7 +13,7 @@ from kvloom.errors import Closed, EngineError, NothingToDo, RefExists
 from kvloom.session import Session
 from kvloom_proto.codecs import AUTO, SETTINGS
 from kvloom_proto.errors import UnknownCodec
-from kvloom_store import names, refs, turns
+from kvloom_store import journal, names, refs, turns
 from kvloom_store.database import Database, default_path
 
 if TYPE_CHECKING:
@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 
     from kvloom.diff import Diff
     from kvloom.engine import TransformersEngine
+    from kvloom.identity import ModelIdentity
     from kvloom.known_model import KnownModel
     from kvloom.models import Progress
     from kvloom.prefetch import Prefetch
     from kvloom.resume import Resumer
     from kvloom_store.bundle_in import Imported
     from kvloom_store.fsck import Report
+    from kvloom_store.journal import Kept
     from kvloom_store.search import Hits
     from kvloom_store.writer import Writer
 
@@ -75,6 +77,14 @@ class KVLoom:
         self._prefetch: Prefetch | None = None
         self._known: dict[tuple[str, str], KnownModel] = {}
         self._closed = False
+        self._root: tuple[bytes, int] | None = None
+        self.kept: list[Kept] = []
+        """Replies whose processes died while they were generated, kept as interrupted turns since this was opened."""
+        self.keep_unfinished()
+
+    def keep_unfinished(self) -> None:
+        """Make interrupted turns of replies that dead processes left; what was made is added to ``kept``."""
+        self.kept += journal.recover(self.database)
 
     @cached_property
     def engine(self) -> TransformersEngine:
@@ -127,17 +137,28 @@ class KVLoom:
 
         return Writer(self.database, codec_name=self._codec)
 
-    @cached_property
+    @property
     def root(self) -> int:
-        """The row of this model's trie."""
+        """The row of this model's trie, as the model was when ``follow`` last looked."""
+        if self._root is None:
+            self.follow(self.engine.identity())
+        assert self._root is not None
+        return self._root[1]
+
+    def follow(self, identity: ModelIdentity) -> None:
+        """Take the trie of the model as it is now: adapters may have been switched since the last use."""
         from kvloom_store import roots, segments
 
-        identity = self.engine.identity()
+        if self._root is not None and self._root[0] == identity.digest:
+            return
         with self.database.write() as conn:
             segments.sweep(conn)
             model = roots.add_model(conn, identity.digest, self.engine.name, identity.fields)
             roots.link_digest(conn, "tokenizer", bytes.fromhex(identity.tokenizer), model)
-            return roots.root_for(conn, model)
+            self._root = identity.digest, roots.root_for(conn, model)
+        if "resumer" in self.__dict__:  # what it holds is state of the model that was
+            self.resumer.forget()
+            self.resumer.root = self._root[1]
 
     @cached_property
     def resumer(self) -> Resumer:

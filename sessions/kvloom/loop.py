@@ -36,6 +36,7 @@ def lookup(loom: KVLoom, ids: Sequence[int]) -> tuple[DynamicCache, int]:
     engine = loom.engine
     engine.check_ids(ids, room=0)
     with engine.lock:
+        loom.follow(engine.identity())
         resumer = Resumer(engine, loom.database, loom.writer, loom.root)
         live, _ = resumer.resume(ids[:-1], None, room=256, logits=False)
     cache = live.cache
@@ -54,6 +55,7 @@ def capture(loom: KVLoom, ids: Sequence[int], cache: DynamicCache) -> int:
     engine = loom.engine
     engine.check_ids(ids, room=0)
     with engine.lock:
+        loom.follow(engine.identity())
         live = _live_of(loom, cache, len(ids))
         length = live.length
         if length > len(ids):

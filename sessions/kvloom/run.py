@@ -12,15 +12,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvloom.commit import Commits
+from kvloom.commit import Addition, Commits, commit_all
 from kvloom.engine import Cancelled, Progress
 from kvloom.errors import SessionError
+from kvloom.journal import Journal
+from kvloom.passes import schedule_of
 from kvloom.report import Reply, Restored, Seconds, Tokens
 from kvloom.resume import Account
 from kvloom.sampling import SamplingSettings, fresh_seed
 from kvloom.scores import TokenScore
 from kvloom.steps import NewTurn
 from kvloom.textstream import TextStream
+from kvloom_store.journal import INTERRUPTED
 from kvloom_store.refs import Branch as BranchRow
 from kvloom_store.turns import Turn, TurnState
 
@@ -107,7 +110,7 @@ class Run:
             account.seconds = time.perf_counter() - began  # waiting for what is read ahead counts, too
         except (Cancelled, KeyboardInterrupt) as error:
             turn = self._keep_message()
-            self._finish(turn, "", "interrupted", Account(), (), began, None, 0.0)
+            self._finish(turn, "", INTERRUPTED, Account(), (), began, None, 0.0)
             if isinstance(error, KeyboardInterrupt):
                 raise
             return
@@ -128,7 +131,7 @@ class Run:
         if interrupted is not None:
             raise interrupted
         if logits is None:
-            self._finish(turn, "", "interrupted", account, (), began, None, 0.0)
+            self._finish(turn, "", INTERRUPTED, account, (), began, None, 0.0)
             return
         yield from self._reply_from(live, logits, turn, state, account, passes, began)
 
@@ -146,7 +149,8 @@ class Run:
         pieces: list[str] = []
         tokens: list[int] = []
         scores: list[TokenScore] = []
-        stream, first, last, reason, rest = self._stream(), None, 0.0, "interrupted", ""
+        stream, first, last, reason, rest = self._stream(), None, 0.0, INTERRUPTED, ""
+        journal = Journal(self._loom)
         budget = min(self._settings.max_tokens, self._engine.context_limit - len(self._ids))
         started = live.length
         source = self._engine.generate(
@@ -160,6 +164,12 @@ class Run:
                 piece = stream.push(token)
                 if piece:
                     pieces.append(piece)
+                if journal.is_due(len(tokens)):
+                    shown = "".join([*pieces, stream.copy().finish()])
+                    counts = {"tokens": self._counts(account, len(tokens))}
+                    new = self._reply_turn(shown, INTERRUPTED, stream, counts, scores)
+                    journal.note(self._commits, self._as_it_is(new, turn, state, tokens, live, passes, started))
+                if piece:
                     yield piece
                 if token in self._engine.eos_ids or stream.stopped is not None:
                     reason = "stop"
@@ -172,26 +182,52 @@ class Run:
             rest = stream.finish()
             text = "".join([*pieces, rest])
             if tokens:
-                passes = [*passes, *((at, at + 1) for at in range(started, live.length))]
                 timings = {
                     "first_token": (first or last) - began,
                     "total": time.perf_counter() - began,
                     "restore": account.seconds,
                     **self._noted(account, len(tokens)),
                 }
-                new = NewTurn(
-                    {"role": "assistant", "content": text},
-                    finish_reason=reason,
-                    settings={**self._settings.to_plain(), "seed": self._seed, "reopened": stream.reopened},
-                    timings=timings,
-                    continues=self._continues,
-                    scores=scores,
-                )
-                start = len(self._ids)
-                turn, state = self._commits.add(new, turn, state, self._ids + tokens, start, live, passes)
+                new = self._reply_turn(text, reason, stream, timings, scores)
+                addition = self._as_it_is(new, turn, state, tokens, live, passes, started)
+                try:
+                    turn, state = commit_all(self._loom, [(self._commits, addition)], journal.ended)[0]
+                finally:
+                    journal.over()
             self._finish(turn, text, reason, account, tokens, began, first, last)
         if rest:
             yield rest
+
+    def _reply_turn(
+        self,
+        text: str,
+        reason: str,
+        stream: TextStream,
+        timings: Mapping[str, Any],
+        scores: Sequence[TokenScore],
+    ) -> NewTurn:
+        return NewTurn(
+            {"role": "assistant", "content": text},
+            finish_reason=reason,
+            settings={**self._settings.to_plain(), "seed": self._seed, "reopened": stream.reopened},
+            timings=timings,
+            continues=self._continues,
+            scores=scores,
+        )
+
+    def _as_it_is(
+        self,
+        new: NewTurn,
+        turn: Turn | None,
+        state: TurnState | None,
+        tokens: Sequence[int],
+        live: LiveState,
+        passes: Sequence[tuple[int, int]],
+        started: int,
+    ) -> Addition:
+        """The reply behind all that was said: the passes are those before it, and one for each token that was run."""
+        ran = schedule_of([*passes, *((at, at + 1) for at in range(started, live.length))])
+        return Addition(new, turn, state, [*self._ids, *tokens], len(self._ids), live, ran)
 
     def _bring_back(self) -> tuple[LiveState, Account]:
         resumer = self._loom.resumer
@@ -225,11 +261,14 @@ class Run:
 
         ``ran``: tokens that were run after the prefill; where these are counted too, it is not timed by this turn.
         """
+        tokens = self._counts(account, generated, ran)
+        first, self._has_noted = not self._has_noted, True
+        return {"tokens": tokens, "prefill": self._prefilled} if first and not ran else {"tokens": tokens}
+
+    def _counts(self, account: Account, generated: int, ran: int = 0) -> dict[str, int]:
         if self._has_noted:
-            return {"tokens": asdict(Tokens(computed=ran, generated=generated))}
-        self._has_noted = True
-        tokens = asdict(Tokens(account.reused, account.replayed, self._computed + ran, generated))
-        return {"tokens": tokens} if ran else {"tokens": tokens, "prefill": self._prefilled}
+            return asdict(Tokens(computed=ran, generated=generated))
+        return asdict(Tokens(account.reused, account.replayed, self._computed + ran, generated))
 
     def _prefill(self, live: LiveState, passes: list[tuple[int, int]]) -> Any:
         """Run the tokens that are not held; ``passes`` are those that ran, also if it was cancelled."""

@@ -53,6 +53,9 @@ from kvloom_store.names import check_name
 from kvloom_store.trie import TOKEN_BYTES, unpack_tokens
 from kvloom_store.turns import chained_digest
 
+FAR, KEPT_PATHS, KEPT_BYTES = 16, 32, 64 << 20
+"""From how many nodes a path is worth keeping, and how many and how much are kept."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rules:
@@ -124,6 +127,7 @@ class Contents:
     states: list[_State] = field(default_factory=list)
     tokens: int = 0
     names: set[str] = field(default_factory=set)
+    _paths: dict[int, bytes] = field(default_factory=dict)
     _awaited: list[ChunkSpec] = field(default_factory=list)
     _layers: list[LayerSpec] = field(default_factory=list)
 
@@ -144,13 +148,29 @@ class Contents:
     def path(self, node: int | None, depth: int) -> bytes:
         """The packed first ``depth`` tokens of the path that leads to a node's end."""
         parts: list[bytes] = []
-        while node is not None:
-            here = self.nodes[node]
-            if depth > here.start:
-                parts.append(here.tokens[: (depth - here.start) * TOKEN_BYTES])
-                depth = here.start
-            node = here.parent
-        return b"".join(reversed(parts))
+        at, upto = node, depth
+        while at is not None:
+            known = self._paths.get(at)
+            if known is not None:
+                parts.append(known[: upto * TOKEN_BYTES])
+                break
+            here = self.nodes[at]
+            if upto > here.start:
+                parts.append(here.tokens[: (upto - here.start) * TOKEN_BYTES])
+                upto = here.start
+            at = here.parent
+        path = b"".join(reversed(parts))
+        if node is not None and len(parts) > FAR and depth == self.nodes[node].end:
+            self._remember(node, path)
+        return path
+
+    def _remember(self, node: int, path: bytes) -> None:
+        """Keep some paths: those of a long conversation are asked for one after another."""
+        self._paths[node] = path
+        while len(self._paths) > 1 and sum(map(len, self._paths.values())) > KEPT_BYTES:
+            del self._paths[next(iter(self._paths))]
+        if len(self._paths) > KEPT_PATHS:
+            del self._paths[next(iter(self._paths))]
 
     def _number(self, kind: type[Any]) -> int:
         return self.counts.get(kind, 0)

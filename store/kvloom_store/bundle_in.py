@@ -218,9 +218,7 @@ class _Import:
         root = self._roots[record.model]
         here = self._contents.nodes[-1]
         path = self._contents.path(len(self._contents.nodes) - 1, here.end)
-        start = None
-        if record.parent is not None:
-            start = trie.position_at(self._conn, self._nodes[record.parent], here.start)
+        start = None if record.parent is None else self._at(record.parent, here.start)
         self._nodes.append(trie.extend(self._conn, root, unpack_tokens(path), start_at=start))
 
     def _turn(self, record: TurnRecord, parsed: CheckedTurn) -> None:
@@ -263,7 +261,7 @@ class _Import:
 
     def _segment(self, record: SegmentRecord, parsed: CheckedSegment) -> None:
         manifest = parsed.manifest
-        position = trie.position_at(self._conn, self._nodes[record.node], manifest.end)
+        position = self._at(record.node, manifest.end)
         draft = segments.Draft(
             position.node,
             manifest.start,
@@ -352,8 +350,12 @@ class _Import:
     def _position(self, record: StateRecord, root: int) -> Position:
         if record.node is None:
             return trie.top(self._conn, root)
-        depth = record.start + len(record.tokens) // TOKEN_BYTES
-        return trie.position_at(self._conn, self._nodes[record.node], depth)
+        return self._at(record.node, record.start + len(record.tokens) // TOKEN_BYTES)
+
+    def _at(self, node: int, depth: int) -> Position:
+        """The point here after so many tokens of the path to a node's end."""
+        end = self._nodes[node]
+        return end if end.depth == depth else trie.position_at(self._conn, end, depth)
 
     def _branch(self, record: BranchRecord) -> None:
         turn = None if record.turn is None else self._turns[record.turn]

@@ -42,7 +42,7 @@ from kvloom_proto.records import (
     read_manifest,
     read_schedule,
 )
-from kvloom_store import codec, refs, restore, segments, trie
+from kvloom_store import codec, refs, restore, trie
 from kvloom_store.bundle_plan import BundlePlan, Chosen, PlannedSegment, PlannedState
 from kvloom_store.checksum import checked, digest
 from kvloom_store.database import now_us
@@ -92,8 +92,10 @@ def records(
     here = _row(conn, session, plan.chosen.session)
     yield SessionRecord(here["name"], msgpack.packb(dict(settings)))
     numbers = _Numbers.of(plan)
+    path: tuple[int, bytes] = (0, b"")
     for row, count in plan.nodes.items():
-        yield _node(conn, numbers, row, count)
+        made, path = _node(conn, numbers, row, count, path)
+        yield made
     for row in plan.chosen.turns:
         yield _turn(conn, numbers, row)
     for part in plan.segments:
@@ -151,12 +153,19 @@ def shown_name(name: str) -> str:
     return name.replace("\\", "/").rstrip("/").rpartition("/")[2] if name[:1] in "/~\\" or name[1:2] == ":" else name
 
 
-def _node(conn: sa.Connection, numbers: _Numbers, row: int, count: int) -> NodeRecord:
+def _node(
+    conn: sa.Connection, numbers: _Numbers, row: int, count: int, before: tuple[int, bytes]
+) -> tuple[NodeRecord, tuple[int, bytes]]:
+    """The first ``count`` tokens of a node; ``before`` and the other result are a node, and all tokens to its end."""
     values = _row(conn, node, row)
     parent = numbers.nodes.get(values["parent"])
-    path = trie.pack_tokens(trie.tokens_to(conn, row, count))
     tokens = values["tokens"][: count * trie.TOKEN_BYTES]
-    return NodeRecord(numbers.roots[values["root"]], parent, values["parent_offset"], tokens, digest(path))
+    if before[0] == values["parent"]:  # as it is along a conversation
+        path = before[1][: values["start"] * trie.TOKEN_BYTES] + tokens
+    else:
+        path = trie.pack_tokens(trie.tokens_to(conn, row, count))
+    made = NodeRecord(numbers.roots[values["root"]], parent, values["parent_offset"], tokens, digest(path))
+    return made, (row, path)
 
 
 def _turn(conn: sa.Connection, numbers: _Numbers, row: int) -> TurnRecord:
@@ -210,25 +219,29 @@ def _segment(conn: sa.Connection, numbers: _Numbers, part: PlannedSegment) -> It
     base = None if part.base is None else numbers.segments[part.base]
     number = numbers.provenances[values["provenance"]]
     yield SegmentRecord(numbers.nodes[part.node], base, pack(schedule), number, pack(manifest))
+    layers = expand(manifest.layers)
     for spec in sorted(manifest.chunks, key=_key):
-        yield ChunkRecord(cut.get(_key(spec)) or _blob(conn, part.row, spec))
+        made = cut.get(_key(spec))
+        yield ChunkRecord(_chunk(conn, part.row, layers, spec)[0] if made is None else made)
 
 
 def _key(spec: ChunkSpec) -> tuple[int, int, int]:
     return (int(spec.kind), spec.layer, spec.position)
 
 
-def _blob(conn: sa.Connection, row: int, spec: ChunkSpec) -> bytes:
-    """A chunk as it is stored. Raises StateDamaged."""
+def _chunk(conn: sa.Connection, row: int, layers: list[LayerSpec], spec: ChunkSpec) -> tuple[bytes, codec.Buffer]:
+    """A chunk as it is stored, and its raw bytes. Raises StateDamaged."""
     at = (chunk.c.segment == row) & (chunk.c.kind == int(spec.kind))
     at &= (chunk.c.layer == spec.layer) & (chunk.c.position == spec.position)
     found = conn.execute(sa.select(chunk).where(at)).one_or_none()
     if found is None:
         raise StateDamaged(f"chunk {spec.layer} at {spec.position} of segment {row} is missing", 0)
+    values = dict(found._mapping)
     try:
-        return restore.checked_blob(dict(found._mapping), row, spec)
+        raw = restore.checked_raw(values, layers, row, spec)
     except FormatError as error:
         raise StateDamaged(str(error), 0) from error
+    return values["blob"], raw
 
 
 def _cut(
@@ -244,16 +257,12 @@ def _cut(
         elif spec.position + spec.tokens <= part.end:
             specs.append(spec)
         elif spec.position < part.end:
-            raw = _first_rows(_decoded(_blob(conn, part.row, spec), layers, spec), layers, spec, part.end)
+            raw = _first_rows(_chunk(conn, part.row, layers, spec)[1], layers, spec, part.end)
             new = replace(spec, tokens=part.end - spec.position, codec=RAW, raw_length=len(raw))
             new = replace(new, stored_length=len(raw), raw_digest=digest(raw), stored_digest=digest(raw))
             specs.append(new)
             cut[_key(new)] = raw
     return Manifest(manifest.start, part.end, manifest.chunk_tokens, manifest.layers, tuple(specs)), cut
-
-
-def _decoded(blob: bytes, layers: list[LayerSpec], spec: ChunkSpec) -> codec.Buffer:
-    return codec.decode(blob, segments.item_bytes(layers, spec), spec.raw_length, spec.codec)
 
 
 def _first_rows(raw: codec.Buffer, layers: list[LayerSpec], spec: ChunkSpec, end: int) -> bytes:

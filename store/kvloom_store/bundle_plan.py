@@ -12,6 +12,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from kvloom_proto import limits
+from kvloom_proto.messages import check_limit
 from kvloom_store import trie
 from kvloom_store.schema import node, segment, turn_state
 
@@ -66,7 +68,8 @@ class BundlePlan:
 
 
 def plan(conn: sa.Connection, chosen: Chosen, *, text_only: bool = False) -> BundlePlan:
-    """Decide what goes into a bundle of these turns; ``text_only``: no state."""
+    """Decide what goes into a bundle of these turns; ``text_only``: no state. Raises LimitExceeded."""
+    check_limit("turns", len(chosen.turns), limits.MAX_BUNDLE_RECORDS)
     made = BundlePlan(chosen)
     states = _rows(conn, turn_state, turn_state.c.turn, chosen.turns, _STATE)
     held = _Held(conn)
@@ -83,6 +86,8 @@ def plan(conn: sa.Connection, chosen: Chosen, *, text_only: bool = False) -> Bun
     for part in made.segments:
         _want(wanted, part.node, part.end - starts[part.node]["start"])
     made.nodes = _with_parents(conn, wanted)
+    for name, some in (("states", made.states), ("nodes", made.nodes), ("segments", made.segments)):
+        check_limit(name, len(some), limits.MAX_BUNDLE_RECORDS)
     made.roots = sorted({each.root for each in made.states})
     from_states = {states[each.row]["provenance"] for each in made.states}
     from_segments = {held.rows[each.row]["provenance"] for each in made.segments}

@@ -106,8 +106,10 @@ class Database:
                 raise
 
     @contextmanager
-    def write(self, *, background: bool = False) -> Iterator[sa.Connection]:
+    def write(self, *, background: bool = False, wait: bool = True) -> Iterator[sa.Connection]:
         """A write transaction. ``background`` ones (state) let those of turns go first.
+
+        ``wait=False``: if somebody else is writing, StoreLocked at once.
 
         Raises:
             StoreUnavailable, StoreLocked
@@ -116,16 +118,18 @@ class Database:
             raise StoreUnavailable(f"{self.path} is read-only", hint="change its permissions")
         with (
             sqlite.translated(self.path),
-            self.queued(background),
-            self.engine.connect().execution_options(kvloom_write=True) as conn,
+            self.queued(background, wait),
+            self.engine.connect().execution_options(kvloom_write=True, kvloom_wait=wait) as conn,
             conn.begin(),
         ):
             yield conn
 
     @contextmanager
-    def queued(self, background: bool) -> Iterator[None]:
-        """This process's place in the queue of those that write."""
+    def queued(self, background: bool, wait: bool = True) -> Iterator[None]:
+        """This process's place in the queue of those that write. Raises StoreLocked if it is not to ``wait``."""
         with self._writing:
+            if self._busy and not wait:
+                raise StoreLocked(f"{self.path} is being written", hint="try again")
             self._turns_waiting += not background
             self._writing.wait_for(lambda: not self._busy and not (background and self._turns_waiting))
             self._turns_waiting -= not background

@@ -50,7 +50,7 @@ class CorruptRow(StoreError):
     def __init__(self, table: str, key: object) -> None:
         super().__init__(
             f"row {key!r} of table {table!r} is damaged (its checksum does not match)",
-            hint="restore the file from a backup; other sessions of the store stay readable",
+            hint="kvloom fsck --repair mends it, or sets it aside; other sessions of the store stay readable",
         )
         self.table = table
         self.key = key
@@ -99,6 +99,16 @@ class RefConflict(StoreError):
         self.name = name
         self.expected = expected
         self.actual = actual
+
+
+class RemovedMeanwhile(StoreError):
+    """What something was to be added to is gone: another process removed its session, or one whose state it is on."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "another process removed meanwhile what this was to be added to",
+            hint="kvloom ls lists the sessions there are; say it again in one of them",
+        )
 
 
 class InvalidQuery(StoreError):

@@ -68,8 +68,8 @@ def heal(database: Database, source: Captured, segment_id: int, draft: segments.
             if tuple(key_there) not in named:  # a damaged row may say that it is another one
                 stray = [column == cell for column, cell in zip(keys, key_there, strict=True)]
                 conn.execute(chunk.delete().where(chunk.c.segment == segment_id, *stray))
-        # Another version of a compressor may have packed otherwise, and what it stood on may have been stored anew: on that
-        # the bits are the same.
+        # Another version of a compressor may have packed otherwise, and what it stood on may have been stored anew: on
+        # that the bits are the same.
         packed = pack(replace(manifest, chunks=tuple(whole)))
         sizes = {"stored_bytes": sum(spec.stored_length for spec in whole)}
         update(conn, segment, values, base_segment=draft.base_segment, manifest=packed, **sizes)

@@ -16,7 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from kvloom_proto import limits
-from kvloom_proto.errors import NotABundle
+from kvloom_proto.errors import FormatError, NotABundle
 from kvloom_proto.messages import check_limit
 from kvloom_store import sqlite
 from kvloom_store.names import MAIN
@@ -33,7 +33,7 @@ def read(path: Path) -> dict[str, dict[str, Messages]]:
 
     Raises:
         NotABundle: there are no such conversations in it.
-        LimitExceeded: one is longer than any conversation.
+        FormatError: one goes round in a circle, or is longer than any conversation (LimitExceeded).
         StoreError: it cannot be opened, or is damaged.
     """
     engine = sqlite.make_engine(path, read_only=True, synchronous="NORMAL", busy_ms=BUSY_MS)
@@ -67,33 +67,41 @@ def _threads(conn: sa.Connection, there: Mapping[str, set[str]]) -> tuple[dict[s
     rows = {row.id: row for row in conn.execute(sa.select(threads).order_by(threads.c.id))}
     fragments = _fragments(conn, there)
     trees: dict[str, dict[str, Messages]] = {}
+    first_with: dict[str, Any] = {}
     for row in rows.values():
         if row.tip_message_hash is None:
             continue
+        chain = _chain(conn, row.tip_message_hash, fragments)
         first, seen = row, {row.id}
         while first.forked_from in rows and first.forked_from not in seen:
             first = rows[first.forked_from]
             seen.add(first.id)
-        messages = [message for message in _chain(conn, row.tip_message_hash, fragments) if message is not None]
-        if messages:
+        # A fork need not be marked: messages are told apart by all that was said before them, and so is a reply.
+        reply = next((number for number, message in chain if message["role"] == "assistant"), row.id)
+        first = first_with.setdefault(reply, first)
+        if chain:
             branches = trees.setdefault(_called(first.name, first.id), {})
-            branches[MAIN if first is row else _called(row.name, row.id)] = messages
+            branches[MAIN if first is row else _called(row.name, row.id)] = [message for _, message in chain]
     return trees, set(rows)
 
 
-def _chain(conn: sa.Connection, tip: str, fragments: Mapping[int, str]) -> Messages:
-    """The messages that end with one, the first one first."""
+def _chain(conn: sa.Connection, tip: str, fragments: Mapping[int, str]) -> list[tuple[str, dict[str, Any]]]:
+    """The messages that end with one, the first one first, each with its hash."""
     table = _table("messages", "hash", "parent_hash", "role")
-    chain: Messages = []
+    chain: list[tuple[str, dict[str, Any]]] = []
+    seen: set[str] = set()
     at: str | None = tip
     while at is not None:
+        if at in seen:
+            raise FormatError("the messages of a conversation go round in a circle", field="messages.parent_hash")
+        seen.add(at)
         row = conn.execute(sa.select(table).where(table.c.hash == at)).first()
         if row is None:
             break
         text = _text_of(conn, at, fragments)
         if text or row.role == "assistant":
-            chain.append({"role": str(row.role), "content": text})
-        check_limit("messages", len(chain), MAX_MESSAGES)
+            chain.append((at, {"role": str(row.role), "content": text}))
+        check_limit("messages", len(seen), MAX_MESSAGES)
         at = row.parent_hash
     return chain[::-1]
 

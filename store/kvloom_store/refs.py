@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from kvloom_store import spans, turns
 from kvloom_store.checksum import checked, insert, unpacked, update
 from kvloom_store.database import allocate, now_us
-from kvloom_store.errors import InvalidName, RefConflict, RefExists, RefNotFound
+from kvloom_store.errors import InvalidName, RefConflict, RefExists, RefNotFound, RemovedMeanwhile
 from kvloom_store.names import MAIN, Ref, check_name, nearest
 from kvloom_store.schema import branch, session, tag, turn
 from kvloom_store.turns import Turn
@@ -103,6 +103,12 @@ def get_session(conn: sa.Connection, name: str) -> SessionRow:
 def session_of(conn: sa.Connection, row: int) -> SessionRow:
     """The session in a row."""
     return _session(checked(session, conn.execute(sa.select(session).where(session.c.id == row)).one()))
+
+
+def check_session(conn: sa.Connection, row: int) -> None:
+    """Whether a session that is being used is still there. Raises RemovedMeanwhile."""
+    if conn.execute(sa.select(session.c.id).where(session.c.id == row)).first() is None:
+        raise RemovedMeanwhile
 
 
 def rename_session(conn: sa.Connection, old: str, new: str) -> SessionRow:
@@ -237,6 +243,18 @@ def move_branch(conn: sa.Connection, row: int, expected: int | None, to: int | N
     parent = checked(session, conn.execute(sa.select(session).where(session.c.id == new["session"])).one())
     update(conn, session, parent, updated=now)
     return Branch(row, new["session"], new["name"], to)
+
+
+def move_on(conn: sa.Connection, there: Branch, to: int) -> tuple[Branch, str | None]:
+    """Move a branch on to a turn that was added where it stood; if another process moved it, or took it away, the turn
+    is kept on a new branch. The branch, and what had happened to the other one ("moved", "removed"), if anything had.
+    """
+    try:
+        return move_branch(conn, there.row, there.turn, to), None
+    except (RefConflict, RefNotFound) as error:
+        happened = "moved" if isinstance(error, RefConflict) else "removed"
+        name = error.name if isinstance(error, RefConflict) else there.name
+        return add_branch(conn, there.session, free_name(conn, there.session, name), to), happened
 
 
 def remove_branch(conn: sa.Connection, row: int) -> None:

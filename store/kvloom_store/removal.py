@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from kvloom_store import explorations, fulltext, segments, turns
 from kvloom_store.checksum import checked, update
 from kvloom_store.errors import CorruptRow
-from kvloom_store.schema import branch, node, segment, session, tag, turn, turn_state
+from kvloom_store.schema import branch, journal, node, segment, session, tag, turn, turn_state
 
 BATCH = 500
 """Ids in one query."""
@@ -29,6 +29,7 @@ def remove_session(conn: sa.Connection, session_row: int) -> None:
     for row in conn.execute(outside).scalars().all():
         _detach(conn, row)
     explorations.remove_all(conn, session_row)
+    conn.execute(journal.delete().where(journal.c.turn.in_(mine)))
     _remove_text(conn, session_row)
     for table in (branch, tag):
         conn.execute(table.delete().where(table.c.session == session_row))

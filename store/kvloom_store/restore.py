@@ -7,7 +7,6 @@ is unpacked on other threads, while the next blobs are read.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 from collections import deque
@@ -45,10 +44,9 @@ QUERY_SEGMENTS = 500
 DECODERS = min(os.cpu_count() or 1, 4)
 """Threads that unpack, and chunks that wait for one: each holds its packed and its raw bytes."""
 
-MAPPED_BYTES = 400 << 20
-"""More state than this is read without mapping the file: mapped pages count as the program's memory, which would be
-twice the state. Less is read mapped, which takes three quarters of the time (benchmarks/NOTES.md)."""
-
+MAPPED_BYTES = 64 << 20
+"""State that is read before the pages of the file are let go of: while they are mapped, they count as the program's
+memory, which would be twice that of long state."""
 
 _Wanted = dict[tuple[int, int, int], tuple[Read, Manifest, ChunkSpec]]
 """Chunks to read, by segment, layer and position: the read that each is for, and how it was written."""
@@ -130,7 +128,7 @@ def load(
         StateDamaged: a chunk is missing or not what was written.
     """
     by_id = {link.id: link for link in links}
-    plans: list[tuple[LayerKind, Sequence[Read], _Wanted]] = []
+    parts: list[tuple[LayerKind, Sequence[Read], _Wanted]] = []
     for kind in STORED_BY_ROW:
         reads = windows if kind == LayerKind.WINDOW else rows
         wanted = {
@@ -139,11 +137,29 @@ def load(
             for spec in by_id[read.segment].manifest.chunks
             if spec.kind == kind and read.start < spec.position + spec.tokens and spec.position < read.end
         }
-        if wanted:
-            plans.append((kind, reads, wanted))
-    size = sum(spec.stored_length for _, _, wanted in plans for _, _, spec in wanted.values())
-    with contextlib.nullcontext() if size <= MAPPED_BYTES else sqlite.unmapped(conn):
-        return sum(_load_wanted(conn, kind, reads, wanted, sink) for kind, reads, wanted in plans)
+        parts += [(kind, reads, part) for part in _parts(wanted)]
+    total = mapped = 0
+    for kind, reads, part in parts:
+        if mapped >= MAPPED_BYTES:
+            sqlite.unmap(conn)
+            mapped = 0
+        size = _load_wanted(conn, kind, reads, part, sink)
+        total, mapped = total + size, mapped + size
+    return total
+
+
+def _parts(wanted: _Wanted) -> Iterator[_Wanted]:
+    """The same chunks in the order in which they lie in the file, about MAPPED_BYTES at a time."""
+    part: _Wanted = {}
+    size = 0
+    for key in sorted(wanted):
+        part[key] = wanted[key]
+        size += wanted[key][2].stored_length
+        if size >= MAPPED_BYTES:
+            yield part
+            part, size = {}, 0
+    if part:
+        yield part
 
 
 def _load_wanted(
@@ -246,6 +262,7 @@ def _blobs(conn: sa.Connection, kind: LayerKind, reads: Sequence[Read], wanted: 
         query = sa.select(chunk).where(
             chunk.c.segment.in_(some),
             chunk.c.kind == int(kind),
+            sa.tuple_(chunk.c.segment, chunk.c.layer, chunk.c.position).between(min(wanted), max(wanted)),
             chunk.c.position >= min(min(positions[each]) for each in some),
             chunk.c.position <= max(max(positions[each]) for each in some),
             *(left[each] for each in some if each in left),
@@ -254,8 +271,8 @@ def _blobs(conn: sa.Connection, kind: LayerKind, reads: Sequence[Read], wanted: 
             yield dict(row._mapping)
 
 
-def checked_blob(values: dict[str, Any], segment_id: int, spec: ChunkSpec) -> bytes:
-    """The stored bytes of a chunk's row, if they are what was written. Raises ChecksumMismatch."""
+def checked_raw(values: dict[str, Any], layers: list[LayerSpec], segment_id: int, spec: ChunkSpec) -> codec.Buffer:
+    """The raw bytes of a chunk's row, if it is what was written. Raises FormatError, ChecksumMismatch among them."""
     stored = values["blob"]
     found = digest(stored) if isinstance(stored, bytes) else b""
     what = f"chunk {spec.layer} at {spec.position} of segment {segment_id}"
@@ -266,12 +283,6 @@ def checked_blob(values: dict[str, Any], segment_id: int, spec: ChunkSpec) -> by
     actual = row_checksum(chunk, row)
     if checksum != actual:
         raise ChecksumMismatch(what, checksum, actual)
-    return bytes(stored)
-
-
-def checked_raw(values: dict[str, Any], layers: list[LayerSpec], segment_id: int, spec: ChunkSpec) -> codec.Buffer:
-    """The raw bytes of a chunk's row, if it is what was written. Raises FormatError, ChecksumMismatch among them."""
-    stored = checked_blob(values, segment_id, spec)
     if spec.codec == RAW:
         return codec.decode(stored, 1, spec.raw_length, RAW)
     if spec.codec in LOSSY:
@@ -279,7 +290,6 @@ def checked_raw(values: dict[str, Any], layers: list[LayerSpec], segment_id: int
     else:
         raw = codec.decode(stored, item_bytes(layers, spec), spec.raw_length, spec.codec)
     if digest(raw) != spec.raw_digest:
-        what = f"chunk {spec.layer} at {spec.position} of segment {segment_id}"
         raise ChecksumMismatch(what, spec.raw_digest, digest(raw))
     return raw
 

@@ -191,6 +191,32 @@ branch = _table(
 )
 """A named, movable pointer to a turn; null before the first one."""
 
+journal = _table(
+    "journal",
+    _bytes("run", primary_key=True),
+    _text("owner"),
+    _int("turn"),
+    _int("tip"),
+    _int("root"),
+    _int("branch"),
+    _text("name"),
+    _bytes("tokens"),
+    _text("text"),
+    _int("continues"),
+    _bytes("settings"),
+    _bytes("timings"),
+    _bytes("scores", nullable=True),
+    _int("state_start"),
+    _int("state_end"),
+    _int("base_state", nullable=True),
+    _int("base_segment", nullable=True),
+    _bytes("schedule"),
+    _int("provenance"),
+    _int("variant"),
+    _int("updated"),
+)
+"""A reply that is being generated: what there is of it, and whose it is. The rows it names may be gone meanwhile."""
+
 exploration = _table(
     "exploration",
     _id(),

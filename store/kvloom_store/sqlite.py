@@ -12,9 +12,9 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import event
-from sqlalchemy.exc import DatabaseError, DBAPIError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DatabaseError, DBAPIError, NoResultFound, OperationalError, SQLAlchemyError
 
-from kvloom_store.errors import NotAStore, StoreError, StoreLocked, StoreUnavailable
+from kvloom_store.errors import NotAStore, RemovedMeanwhile, StoreError, StoreLocked, StoreUnavailable
 
 APPLICATION_ID = 0x4B564C4D
 """``KVLM``: tells a kvloom store from any other SQLite file."""
@@ -92,8 +92,10 @@ def make_engine(path: Path, *, read_only: bool, synchronous: str, busy_ms: int) 
 
     @event.listens_for(engine, "begin")
     def begin(connection: sa.Connection) -> None:
-        write = connection.get_execution_options().get("kvloom_write", False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+        options = connection.get_execution_options()
+        write = options.get("kvloom_write", False)
+        with _patience(connection, None if options.get("kvloom_wait", True) else 0):
+            connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
     return engine
 
@@ -176,9 +178,16 @@ def data_version(conn: sa.Connection) -> int:
     return int(conn.exec_driver_sql("PRAGMA data_version").scalar_one())
 
 
-def without_foreign_keys(conn: sa.Connection) -> None:
-    """Let rows be written in any order by this connection (outside of a transaction)."""
-    conn.exec_driver_sql("PRAGMA foreign_keys=OFF")
+@contextmanager
+def in_any_order(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """A transaction in which rows may be written before those that they name."""
+    with engine.connect() as conn:
+        driver = conn.connection.driver_connection
+        assert driver is not None
+        driver.execute("PRAGMA foreign_keys=OFF")  # of no effect once a transaction has begun
+        with conn.begin():
+            yield conn
+        conn.invalidate()
 
 
 def checkpoint(engine: sa.Engine) -> None:
@@ -186,26 +195,31 @@ def checkpoint(engine: sa.Engine) -> None:
 
     A reader is not waited for long: it may be one that nobody knows of any more, a query that an error was raised from.
     """
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
-        patience = conn.exec_driver_sql("PRAGMA busy_timeout").scalar_one()
-        conn.exec_driver_sql(f"PRAGMA busy_timeout={min(patience, CHECKPOINT_MS)}")
-        try:
-            conn.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
-        finally:
-            conn.exec_driver_sql(f"PRAGMA busy_timeout={patience}")
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as conn, _patience(conn, CHECKPOINT_MS):
+        conn.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 @contextmanager
-def unmapped(conn: sa.Connection) -> Iterator[None]:
-    """What is read within goes through SQLite's own memory, and pages that were mapped before are let go of.
-
-    Where a statement of this connection is half read when it is entered, SQLite keeps its mapping.
-    """
-    conn.exec_driver_sql("PRAGMA mmap_size=0").close()
+def _patience(conn: sa.Connection, most_ms: int | None) -> Iterator[None]:
+    """Wait for others no longer than so many milliseconds meanwhile (None: as long as ever)."""
+    if most_ms is None:
+        yield
+        return
+    usual = conn.exec_driver_sql("PRAGMA busy_timeout").scalar_one()
+    conn.exec_driver_sql(f"PRAGMA busy_timeout={min(usual, most_ms)}")
     try:
         yield
     finally:
-        conn.exec_driver_sql(f"PRAGMA mmap_size={MMAP_BYTES}").close()
+        conn.exec_driver_sql(f"PRAGMA busy_timeout={usual}")
+
+
+def unmap(conn: sa.Connection) -> None:
+    """Let go of the pages of the file that were mapped; what is read next maps its own.
+
+    Where a statement of this connection is half read, SQLite keeps them.
+    """
+    for size in (0, MMAP_BYTES):
+        conn.exec_driver_sql(f"PRAGMA mmap_size={size}").close()
 
 
 @contextmanager
@@ -252,6 +266,8 @@ def _translate(error: SQLAlchemyError, path: Path) -> StoreError:
     text = str(getattr(error, "orig", error)).lower()
     if "locked" in text or "busy" in text:
         return StoreLocked(f"{path} is locked by another process", hint="wait for it to finish, then try again")
+    if isinstance(error, NoResultFound) or "foreign key" in text:
+        return RemovedMeanwhile()
     if "not a database" in text or "file is encrypted" in text:
         return NotAStore(str(path))
     if "readonly" in text or "read-only" in text:
@@ -268,7 +284,12 @@ def _translate(error: SQLAlchemyError, path: Path) -> StoreError:
             f"cannot open {path}",
             hint="check the path and its permissions, or give another with --store PATH",
         )
-    if isinstance(error, DatabaseError) and ("malformed" in text or "disk i/o" in text):
+    if "disk i/o" in text:
+        return StoreUnavailable(
+            f"{path} could not be read or written: {text}",
+            hint="check the disk (is it full, or gone?); everything acknowledged before is kept",
+        )
+    if isinstance(error, DatabaseError) and "malformed" in text:
         return StoreError(f"{path} is damaged: {text}", hint="restore it from a backup")
     if isinstance(error, OperationalError):
         return StoreUnavailable(f"{path}: {text}", hint="check the path and its permissions")

@@ -354,6 +354,11 @@ def base_of(conn: sa.Connection, above: TurnState) -> TurnState | None:
     return owner_of(conn, above.base_segment, above.state_start) if above.base_segment is not None else None
 
 
+def is_there(conn: sa.Connection, row: int) -> bool:
+    """Whether a turn state was not removed meanwhile."""
+    return conn.execute(sa.select(turn_state.c.id).where(turn_state.c.id == row)).first() is not None
+
+
 def set_segment(conn: sa.Connection, row: int, segment: int, base_segment: int | None) -> None:
     """Link a turn's state to the segment that now holds it."""
     found = conn.execute(sa.select(turn_state).where(turn_state.c.id == row)).one_or_none()

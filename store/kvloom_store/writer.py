@@ -16,6 +16,7 @@ from kvloom_proto.errors import KVLoomError
 from kvloom_proto.records import LayerSpec, Schedule
 from kvloom_store import segments, turns
 from kvloom_store.database import Database
+from kvloom_store.errors import RemovedMeanwhile
 from kvloom_store.rows import Captured
 
 MAX_JOBS = 256
@@ -104,6 +105,8 @@ class Writer:
                 self._busy = True
             try:
                 self._store(job)
+            except RemovedMeanwhile as error:
+                job.handle.error = error  # nobody is left who would want to know
             except KVLoomError as error:
                 job.handle.error = error
                 self._error = self._error or error
@@ -116,6 +119,10 @@ class Writer:
     def _store(self, job: Job) -> None:
         if job.base is not None and job.base.segment is None:
             raise job.base.error or KVLoomError("state cannot be stored without the state it stands on")
+        if job.handle.state is not None:
+            with self.database.read() as conn:
+                if not turns.is_there(conn, job.handle.state):
+                    raise RemovedMeanwhile
         base = job.base.segment if job.base else None
         keyframes = tuple(sorted(job.source.frames))
         draft = segments.Draft(

@@ -30,6 +30,7 @@ from kvloom_proto.bundle import (
     TagRecord,
     TurnRecord,
 )
+from kvloom_proto.codecs import LZ4
 from kvloom_proto.frames import Writer
 from kvloom_proto.records import LayerKind, LayerSpec, Manifest, Pass, Provenance, Schedule, TensorSpec, pack
 from kvloom_proto.scores import TokenScore, pack_scores
@@ -113,7 +114,7 @@ def _segment(node: int, base: int | None, start: int, end: int, keyframes: Seque
     chunks, blobs = [], []
     for spec in segments.cut(LAYERS, start, end, keyframes):
         raw = bytes((7 * at + spec.position) % 5 for at in range(spec.raw_length))
-        name, stored = codec.encode(raw, 4 if spec.kind == LayerKind.KEYFRAME else 2, codec.AUTO)
+        name, stored = codec.encode(raw, 4 if spec.kind == LayerKind.KEYFRAME else 2, LZ4)
         digests = {"raw_digest": digest(raw), "stored_digest": digest(stored)}
         chunks.append(replace(spec, codec=name, stored_length=len(stored), **digests))
         blobs.append(stored)

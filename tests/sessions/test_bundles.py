@@ -18,6 +18,7 @@ from kvloom_proto.bundle import ChunkRecord, Encoding, NodeRecord, Record, Segme
 from kvloom_proto.frames import Reader, Writer
 from kvloom_store import schema
 from kvloom_store.checksum import checked
+from kvloom_store.planner import StateDamaged
 from kvloom_store.trie import unpack_tokens
 
 LONG = "And when was it that they were all there, and who said it would be so with them, had you been there to see it?"
@@ -342,3 +343,15 @@ def test_what_else_a_tree_may_hold_comes_back_too(tmp_path: Path) -> None:
             assert theirs == ours
             if not ours:
                 assert digests(there, copy.branch(branch.name)) == digests(here, branch)
+
+
+def test_damaged_state_is_found_when_it_is_written_and_text_alone_still_goes(tmp_path: Path) -> None:
+    with opened(tmp_path / "a.db", "llama") as loom:
+        session = tree(loom)
+        with loom.database.write() as conn:
+            conn.execute(schema.chunk.update().values(blob=b"damaged"))
+        file = tmp_path / "talk.kvb"
+        with pytest.raises(StateDamaged):
+            session.export(file)
+        assert [path.name for path in tmp_path.iterdir() if not path.name.startswith("a.db")] == []
+        assert session.export(file, text_only=True).segments == 0

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from adapters import with_adapters
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -230,31 +231,6 @@ def test_weights_made_in_inference_mode_are_never_remembered(counted):
 
 
 # --- adapters ---------------------------------------------------------------------------------------
-
-
-class LoraLinear(torch.nn.Module):
-    """The shape of PEFT's LoRA layer: names, attributes and arithmetic."""
-
-    def __init__(self, base_layer, **seeds):
-        super().__init__()
-        self.base_layer = base_layer
-        self.lora_A = torch.nn.ModuleDict()
-        self.lora_B = torch.nn.ModuleDict()
-        self.scaling = {}
-        self.active_adapter = [next(iter(seeds))]
-        self.disable_adapters = False
-        self.merged_adapters = []
-        for name, seed in seeds.items():
-            torch.manual_seed(seed)
-            self.lora_A[name] = torch.nn.Linear(base_layer.in_features, 2, bias=False)
-            self.lora_B[name] = torch.nn.Linear(2, base_layer.out_features, bias=False)
-            self.scaling[name] = 2.0
-
-
-def with_adapters(model, **seeds):
-    attention = model.model.layers[0].self_attn
-    attention.q_proj = LoraLinear(attention.q_proj, **seeds)
-    return attention.q_proj
 
 
 def test_an_adapter_added_to_an_open_model_changes_adapters_alone():

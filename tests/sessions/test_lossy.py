@@ -161,6 +161,15 @@ def test_damage_in_lossy_state_is_mended_with_exact_rows(loom: kvloom.KVLoom) ->
     assert set(marks(loom)) == {0}
 
 
+def test_a_search_from_lossy_state_says_so(loom: kvloom.KVLoom) -> None:
+    branch = talk(loom)
+    branch.session.recode(codec="q8_0")
+    loom.resumer.forget()
+    search = branch.session.explore(prompt="and now?", width=1, keep=1, depth=1, step_tokens=2)
+    list(search)
+    assert any("lossy" in notice for notice in search.result.notices)
+
+
 # From the command line
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 import torch
-from exact import harness
+from exact import harness, whole
 from exact.worker import rows_of
 from tiny import tiny_model, tiny_tokenizer
 from tokenizers import AddedToken
@@ -32,7 +32,6 @@ from kvloom.engine import TransformersEngine
 from kvloom.errors import ContextOverflow, CorruptRow, ModelMismatch, NothingToDo, ReuseRequired, UnsupportedModel
 from kvloom.loom import KVLoom
 from kvloom_store import refs, schema, trie, turns
-from kvloom_store.checksum import checked, digest, row_checksum
 from kvloom_store.names import parse_ref
 from kvloom_store.schema import chunk, node, segment, turn, turn_state
 from kvloom_store.turns import TurnState
@@ -135,29 +134,7 @@ def check_clean(loom: KVLoom) -> None:
     """Every row's checksum holds, the trie is one, and every segment is whole."""
     loom.flush()
     with loom.database.read() as conn:
-        for table in schema.metadata.tables.values():
-            for row in conn.execute(sa.select(table)):
-                if table is chunk:
-                    values = {**row._mapping, "blob": digest(row.blob)}
-                    assert values.pop("checksum") == row_checksum(chunk, values)
-                else:
-                    checked(table, row)
-        nodes = {row.id: row for row in conn.execute(sa.select(node))}
-        for row in nodes.values():
-            path = trie.tokens_to(conn, row.id, row.length)
-            assert digest(trie.pack_tokens(path)) == row.chain_hash
-            assert len(path) == row.start + row.length
-            if row.parent is not None:
-                assert row.first_token == path[row.start]
-                assert row.start == nodes[row.parent].start + row.parent_offset
-        for row in conn.execute(sa.select(segment)).all():
-            assert row.complete == 1
-            harness.stored_rows(conn, row.id)
-            at = nodes[row.node]
-            assert at.start < row.end <= at.start + at.length, "a segment's last token is in its node"
-        for row in conn.execute(sa.select(turn_state)).all():
-            assert trie.tokens_to(conn, row.node, row.offset)[row.start :] == trie.unpack_tokens(row.tokens)
-            assert (row.segment is None) == (row.state_start == row.state_end)
+        whole.check(conn)
 
 
 # State that was never written

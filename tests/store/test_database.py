@@ -96,6 +96,22 @@ def test_a_store_locked_by_another_process_is_waited_for_and_then_refused(store_
     opened.close()
 
 
+def test_who_does_not_wait_is_refused_at_once_and_waits_as_ever_the_next_time(store_path: Path):
+    opened = Database(store_path)
+    with opened.write(), pytest.raises(StoreLocked), opened.write(wait=False):
+        pass
+    other = sqlite3.connect(store_path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StoreLocked), opened.write(wait=False):
+        pass
+    other.execute("ROLLBACK")
+    other.close()
+    with opened.write(wait=False) as conn:
+        assert conn.exec_driver_sql("PRAGMA busy_timeout").scalar_one() == database.BUSY_MS
+        assert allocate(conn, schema.turn) == 1
+    opened.close()
+
+
 def test_ids_are_never_used_twice(store_path: Path):
     opened = Database(store_path)
     with opened.write() as conn:

@@ -86,7 +86,15 @@ def reading(options: Options) -> Iterator[KVLoom]:
     from kvloom.loom import KVLoom
 
     with KVLoom(options.path, must_exist=True) as loom:
+        tell_kept(loom)
         yield loom
+
+
+def tell_kept(loom: KVLoom) -> None:
+    """One line on stderr for each reply that was cut off because its process died."""
+    for each in loom.kept:
+        at = f"{each.session}@{each.branch}"
+        warn(f"the process that replied on {at} died; {each.tokens} tokens are kept (kvloom continue {at} goes on)")
 
 
 def parse(text: str) -> tuple[Ref, str | None]:

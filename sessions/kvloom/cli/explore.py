@@ -10,7 +10,7 @@ import click
 from kvloom.cli.common import Options, parse, ref_argument, shared
 from kvloom.cli.opening import model_options, new_session_options, talking
 from kvloom.cli.talk import interruptible, read_text, sampling, sampling_options
-from kvloom.cli.terminal import dim, print_json
+from kvloom.cli.terminal import dim, print_json, warn
 from kvloom.shown import clean, preview, seconds
 
 if TYPE_CHECKING:
@@ -127,6 +127,8 @@ def _conclude(session: Session, search: Search, accept: str | None, prune: bool)
 
 
 def _show(options: Options, session: Session, found: Found, done: dict[str, Any]) -> None:
+    for notice in found.notices:
+        warn(notice)
     if options.json:
         told = asdict(found)
         return print_json({"session": session.name, **told, **done})

@@ -97,10 +97,10 @@ def _print(report: Report) -> None:
     for kind, count in shown.items():
         if count > SHOWN:
             click.echo(f"... and {count - SHOWN:,} more of the kind {kind} (--json lists them all)")
-    counts = ", ".join(f"{report.count(each):,} {each}" for each in reversed(Severity))
+    lost, heals, notes = (f"{report.count(each):,}" for each in reversed(Severity))
     state = f", {size(report.bytes)} of state" if report.bytes else ""
     verdict = "sound" if report.sound else "damaged"
-    click.echo(f"{verdict}: {report.rows:,} rows{state} checked; findings: {counts}")
+    click.echo(f"{verdict}: {report.rows:,} rows{state} checked; {lost} lost, {heals} to be healed, {notes} notes")
 
 
 def _repair(options: Options, report: Report, done: list[str], *, yes: bool) -> Report:

@@ -40,7 +40,8 @@ def export(options: Options, ref: str, output: str, kind: str, text_only: bool) 
     elsewhere and goes on at once, with the same bits.
 
     SESSION alone is the whole tree with its branches and tags; SESSION@BRANCH, @TAG or @TURN is the one path there, and
-    nothing of what others said behind it. The file is only readable by you, and appears when it is whole.
+    nothing of what others said behind it. Searches stay here; their turns and branches go. The file is only readable by
+    you, and appears when it is whole.
 
     With --format markdown or openai it is a transcript, of one path (default: the branch main).
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from kvloom.binding import check_model
 from kvloom.commit import Commits
 from kvloom.errors import NothingToDo, SessionError
 from kvloom.explore import beams, rounds
@@ -64,6 +65,7 @@ class Found:
     """What a search came to: the ``best`` node (None if nothing was made), its ``text``, and the branches down to it.
 
     ``tokens`` are those of this run, ``nodes`` all there are, ``pruned`` the branches that do not lead to the best.
+    ``notices``: what the user should be told of the state that it began on.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Found:
     seconds: float
     finished: bool
     reason: str
+    notices: tuple[str, ...] = ()
 
 
 class Search:
@@ -99,8 +102,10 @@ class Search:
         self._told = told
         self._began = time.perf_counter()
         self._tokens = NO_TOKENS
+        self._notices: tuple[str, ...] = ()
         self._result: Found | None = None
         self._judges: list[tuple[Judge, KVLoom | None]] = []
+        check_model(session)
         with self._loom.database.read() as conn:
             there = explorations.find(conn, session.row.row, name)
         if there is not None and not resume:
@@ -220,7 +225,8 @@ class Search:
         if start.replies and start.ids[-1] in loom.engine.eos_ids:
             raise NothingToDo("the reply is complete", hint="give a prompt, or name the message before it")
         with loom.engine.lock:
-            live, _ = loom.resumer.resume(start.ids, start.state, room=1, cancel=self._cancel)
+            live, account = loom.resumer.resume(start.ids, start.state, room=1, cancel=self._cancel)
+            self._notices = tuple(account.notices)
             first = live.length
             if first == len(start.ids):
                 return
@@ -283,6 +289,7 @@ class Search:
             seconds=time.perf_counter() - self._began,
             finished=done is not None,
             reason=done.reason if done else "stopped; --resume goes on",
+            notices=self._notices,
         )
 
 

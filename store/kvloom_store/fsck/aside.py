@@ -21,7 +21,7 @@ from kvloom_store.names import MAIN
 from kvloom_store.schema import branch, metadata, quarantine, session, tag, turn
 
 RECOVERED = "recovered"
-"""How a branch is called whose row could not be read, if it may have pointed at a turn that is there."""
+"""How a branch is called whose row could not be read."""
 
 
 def set_aside(conn: sa.Connection, table: sa.Table, rowid: int, why: str) -> int:
@@ -113,17 +113,18 @@ def _at_or_above(conn: sa.Connection, values: dict[str, Any], before: int | None
 
 
 def _recover(conn: sa.Connection, values: dict[str, Any]) -> None:
-    """Give a turn that a damaged branch may have pointed at a branch again, so that it can be found."""
+    """Give the turn that a lost branch pointed at, or, if that is not there, the newest one, a branch again: main if
+    there is none, else one that is called recovered."""
     owner, at = values["session"], values["turn"]
     if not isinstance(owner, int) or conn.execute(sa.select(session.c.id).where(session.c.id == owner)).first() is None:
         return
-    query = sa.select(turn.c.id).where(turn.c.id == at, turn.c.session == owner)
-    if isinstance(at, int) and conn.execute(query).first() is not None:
-        numbered = (f"{RECOVERED}-{number}" for number in itertools.count(2))
-        taken = _names(conn, owner)
-        _add_branch(conn, owner, next(n for n in itertools.chain([RECOVERED], numbered) if n not in taken), at)
-    if MAIN not in _names(conn, owner):
-        _add_branch(conn, owner, MAIN, None)
+    mine = sa.select(turn.c.id).where(turn.c.session == owner)
+    if not isinstance(at, int) or conn.execute(mine.where(turn.c.id == at)).first() is None:
+        at = conn.execute(mine.order_by(turn.c.id.desc()).limit(1)).scalar()
+    taken = _names(conn, owner)
+    numbered = (f"{RECOVERED}-{number}" for number in itertools.count(2))
+    free = (name for name in itertools.chain([MAIN, RECOVERED], numbered) if name not in taken)
+    _add_branch(conn, owner, next(free), at)
 
 
 def _names(conn: sa.Connection, owner: int) -> set[object]:

@@ -37,12 +37,8 @@ def rebuild(database: Database) -> Path:
         database.engine.connect() as conn,
     ):
         before = sqlite.data_version(conn)
-        with fresh.engine.connect() as to:
-            sqlite.without_foreign_keys(to)
-            to.rollback()
-            with to.begin():
-                _copy(conn, to)
-            to.invalidate()
+        with sqlite.in_any_order(fresh.engine) as to:
+            _copy(conn, to)
         shutil.copyfile(database.path, kept)
         kept.chmod(0o600)
         conn.rollback()  # its snapshot ends; what others have written since shows
