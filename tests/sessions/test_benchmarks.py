@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # where the measurements lie, as for ``python -m benchmarks``
 
-from benchmarks import codec, common, keyframes, lossy, shared_prompts, windows
+from benchmarks import codec, keyframes, lossy, shared_prompts, windows
 from benchmarks.small import random_engine
 
 
@@ -53,9 +53,8 @@ def test_a_codec_is_measured_by_the_bytes_it_leaves() -> None:
     assert (raw["times_smaller"], raw["bits"]) == (1, 16)
     assert zstd["bits"] == pytest.approx(10, abs=0.1)
     assert zstd["times_smaller"] == pytest.approx(16 / zstd["bits"])
-    rows = codec.rows({"machine": {}, "tokens": 1, "bfloat16": {"raw": raw, "zstd": zstd}})
+    rows = codec.section({"tokens": 1, "bfloat16": {"raw": raw, "zstd": zstd}}).tables[0].rows
     assert [row[:3] for row in rows] == [["bfloat16", "raw", "1.000"], ["bfloat16", "zstd", f"{16 / zstd['bits']:.3f}"]]
-    assert common.table(["a", "bc"], [["1", "2"]]).splitlines()[0] == "| a | bc |"
 
 
 def test_what_loss_costs_is_counted_from_distributions() -> None:
