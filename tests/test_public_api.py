@@ -16,7 +16,7 @@ from kvloom import errors
 
 FAMILIES = {"FormatError": 10, "StoreError": 20, "EngineError": 30, "SessionError": 40}
 # Errors that live beside the one function that raises them.
-LOCAL = {"kvloom_store.planner.StateDamaged", "kvloom.config.ConfigError"}
+LOCAL = {"kvloom_store.planner.StateDamaged", "kvloom_store.planner.StateInexact", "kvloom.config.ConfigError"}
 
 ERRORS = [getattr(errors, name) for name in errors.__all__]
 each_error = pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)

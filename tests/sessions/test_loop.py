@@ -18,7 +18,7 @@ from kvloom_store.stats import stats
 @pytest.fixture
 def loom(store_path: Path) -> Iterator[kvloom.KVLoom]:
     engine = kvloom.TransformersEngine(tiny_model("llama"), tiny_tokenizer(), name="tiny")
-    with kvloom.open(store_path, model=engine) as opened:
+    with kvloom.open(store_path, model=engine, codec="raw") as opened:
         yield opened
 
 
