@@ -63,7 +63,8 @@ def chain(conn: sa.Connection, segment_id: int) -> list[Link]:
         StateDamaged: a segment is missing, incomplete or damaged.
     """
     up = sa.select(segment.c.id, segment.c.base_segment).where(segment.c.id == segment_id).cte("up", recursive=True)
-    up = up.union_all(sa.select(segment.c.id, segment.c.base_segment).where(segment.c.id == up.c.base_segment))
+    # A union without duplicates, here and wherever a path is walked: rows that name each other in a circle end it.
+    up = up.union(sa.select(segment.c.id, segment.c.base_segment).where(segment.c.id == up.c.base_segment))
     rows: dict[int, dict[str, Any]] = {}
     try:
         for row in conn.execute(sa.select(segment).where(segment.c.id.in_(sa.select(up.c.id)))):

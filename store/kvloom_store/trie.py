@@ -251,7 +251,7 @@ def just_before(conn: sa.Connection, node_id: int, depth: int) -> Position:
 def ancestors(conn: sa.Connection, node_id: int) -> list[dict[str, Any]]:
     """The nodes from the topmost one down to this one, in one query."""
     up = sa.select(node.c.id, node.c.parent).where(node.c.id == node_id).cte("up", recursive=True)
-    up = up.union_all(sa.select(node.c.id, node.c.parent).where(node.c.id == up.c.parent))
+    up = up.union(sa.select(node.c.id, node.c.parent).where(node.c.id == up.c.parent))
     rows = conn.execute(sa.select(node).join(up, up.c.id == node.c.id).order_by(node.c.start, node.c.id))
     nodes = {values["id"]: values for values in (checked(node, row) for row in rows)}
     chain: list[dict[str, Any]] = []

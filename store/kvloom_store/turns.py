@@ -198,7 +198,7 @@ def path_to(conn: sa.Connection, row: int | None) -> list[Turn]:
     if row is None:
         return []
     up = sa.select(turn.c.id, turn.c.parent).where(turn.c.id == row).cte("up", recursive=True)
-    up = up.union_all(sa.select(turn.c.id, turn.c.parent).where(turn.c.id == up.c.parent))
+    up = up.union(sa.select(turn.c.id, turn.c.parent).where(turn.c.id == up.c.parent))
     # A turn's parent was there before it, so ids grow along a path.
     query = sa.select(turn).where(turn.c.id.in_(sa.select(up.c.id))).order_by(turn.c.id)
     found = [_turn(checked(turn, values)) for values in conn.execute(query)]

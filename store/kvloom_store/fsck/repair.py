@@ -77,14 +77,9 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a repair will do. After a rebuild the rest is planned from another check: ``again``."""
+    """What a repair will do. Where the file itself is mended first, the rest is planned from another check."""
 
     steps: tuple[Step, ...]
-
-    @property
-    def again(self) -> bool:
-        """Whether more may be to do after it."""
-        return any(step.action == Action.REBUILD for step in self.steps)
 
     @property
     def segments(self) -> list[int]:
@@ -104,8 +99,9 @@ def plan(report: Report) -> Plan:
         action = _action(each)
         if action is not None:
             found.setdefault(action, []).append(each)
-    if Action.REBUILD in found:
-        found = {Action.REBUILD: found[Action.REBUILD]}
+    for first in (Action.REBUILD, Action.REINDEX):  # what else was found may only have been read wrong
+        if first in found:
+            found = {first: found[first]}
     return Plan(tuple(Step(action, tuple(found[action])) for action in Action if action in found))
 
 
