@@ -35,6 +35,7 @@ class Append:
         ids: Sequence[int],
         *,
         compute: bool = True,
+        exact: bool = False,
         cancel: threading.Event | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -44,6 +45,7 @@ class Append:
         self._tip = tip
         self._ids = list(ids)
         self._computes = compute
+        self._exact = exact
         self._cancel = cancel
         self._progress = progress
         self._tokens = Tokens()
@@ -87,6 +89,7 @@ class Append:
                 None if rewritten else tip,
                 room=1,
                 logits=False,
+                exact=self._exact,
                 cancel=self._cancel,
                 progress=self._progress,
             )

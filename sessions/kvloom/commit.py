@@ -86,12 +86,13 @@ class Commits:
     """Commits one turn after another, and moves a branch on to each of them; a branch that is a name is made first.
 
     ``branch`` is where that has got to, ``notices`` what the user should be told. ``reuse=False``: what is committed
-    is a variant, whose state is not stored.
+    is a variant, whose state is not stored; ``again``: one of a state that was dropped, which is stored in its place.
     """
 
-    def __init__(self, loom: KVLoom, branch: BranchRow | NewBranch, *, reuse: bool = True) -> None:
+    def __init__(self, loom: KVLoom, branch: BranchRow | NewBranch, *, reuse: bool = True, again: bool = False) -> None:
         self._loom = loom
         self._reuse = reuse
+        self._again = again
         self._branch = branch
         self.notices: list[str] = []
 
@@ -147,7 +148,7 @@ class Commits:
             provenance=segments.add_provenance(conn, loom.engine.provenance()),
             hidden=hidden_bytes(hidden) if hidden is not None else None,
             hidden_dtype=dtype_name(hidden.dtype) if hidden is not None else None,
-            variant=not self._reuse,
+            variant=self._again or not self._reuse,
             scores=_packed(new, len(ids) - start),
         )
         return turn, state

@@ -5,7 +5,7 @@ KVLoomError                 catch-all: .hint says what to do next, .exit_code is
                             ChecksumMismatch
   StoreError       20       database: NotAStore, StoreUnavailable, StoreLocked, SchemaTooNew,
                             CorruptRow, RefNotFound, RefExists, RefConflict, InvalidName,
-                            InvalidQuery
+                            InvalidQuery, StateDropped, NoRoom
   EngineError      30       model: ModelNotFound, ModelMismatch, UnsupportedModel, UnsupportedInput,
                             ContextOverflow
   SessionError     40       use: InvalidText, NothingToDo, ReuseRequired, Closed
@@ -26,11 +26,13 @@ from kvloom_store.errors import (
     CorruptRow,
     InvalidName,
     InvalidQuery,
+    NoRoom,
     NotAStore,
     RefConflict,
     RefExists,
     RefNotFound,
     SchemaTooNew,
+    StateDropped,
     StoreError,
     StoreLocked,
     StoreUnavailable,
@@ -50,6 +52,7 @@ __all__ = [
     "LimitExceeded",
     "ModelMismatch",
     "ModelNotFound",
+    "NoRoom",
     "NotAStore",
     "NothingToDo",
     "RefConflict",
@@ -58,6 +61,7 @@ __all__ = [
     "ReuseRequired",
     "SchemaTooNew",
     "SessionError",
+    "StateDropped",
     "StoreError",
     "StoreLocked",
     "StoreUnavailable",

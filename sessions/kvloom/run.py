@@ -37,6 +37,7 @@ class RunOptions:
 
     reuse: bool = True
     require_reuse: bool = False
+    exact: bool = False
     cancel: threading.Event | None = None
     progress: Progress | None = None
 
@@ -205,6 +206,7 @@ class Run:
             tip,
             room=room,
             require_reuse=self._options.require_reuse,
+            exact=self._options.exact,
             cancel=self._options.cancel,
             progress=self._options.progress,
         )

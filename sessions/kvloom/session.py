@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kvloom.branch import Branch
 from kvloom.errors import NothingToDo, RefNotFound
 from kvloom_proto.scores import TokenScore, read_scores
-from kvloom_store import cut, explorations, refs, spans, trie, turns
+from kvloom_store import cut, explorations, pins, refs, spans, trie, turns
 from kvloom_store.names import MAIN, Ref, parse_ref
 from kvloom_store.refs import SessionRow
 from kvloom_store.spans import Span
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from kvloom.compact import Compaction
     from kvloom.cost import Prices, SessionCost
+    from kvloom.dropped import Dropped
     from kvloom.engine import Progress
     from kvloom.explore.search import Search
     from kvloom.loom import KVLoom
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
 class TreeTurn:
     """A turn as ``log`` and ``tree`` show it; ``branches`` and ``tags`` are the names that point at it.
 
-    ``score`` is what a search gave it; ``cut``: it is the beginning of another turn, up to a token that was named.
+    ``score`` is what a search gave it; ``cut``: it is the beginning of another turn, up to a token that was named;
+    ``pinned``: its state is never dropped.
     """
 
     id: str
@@ -54,6 +56,7 @@ class TreeTurn:
     continues: bool
     created: int
     cut: bool = False
+    pinned: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The object ``--json`` prints."""
@@ -199,23 +202,30 @@ class Session:
         limit = max_tokens or SUMMARY_TOKENS
         return Compaction(self, self.ref(at), keep=kept, summary=summary, branch=branch, max_tokens=limit)
 
-    def missing(self, at: str | None = None, *, verify: bool = False) -> Missing:
+    def missing(self, at: str | None = None, *, verify: bool = False, exact: bool = False) -> Missing:
         """What of the state down to a ref is missing, and ``warm`` would compute; ``verify`` reads what is stored."""
         from kvloom.warm import missing
 
-        return missing(self, self._loom.resolve(self.ref(at)).turn, verify=verify)
+        return missing(self, self._loom.resolve(self.ref(at)).turn, verify=verify, exact=exact)
 
     def warm(
-        self, at: str | None = None, *, cancel: threading.Event | None = None, progress: Progress | None = None
+        self,
+        at: str | None = None,
+        *,
+        exact: bool = False,
+        cancel: threading.Event | None = None,
+        progress: Progress | None = None,
     ) -> Added:
         """Compute what is missing of the state down to a ref, and store it; what is there is read, and so checked.
 
+        What was dropped is computed anew, and with ``exact`` run again just as it was first.
         Stopped by ``cancel``, it keeps what was done. Raises ModelMismatch, EngineError, StoreError.
         """
         from kvloom.warm import warm
 
         ref = self.ref(at)
-        return warm(self, self._loom.resolve(ref).turn, ref.point or MAIN, cancel=cancel, progress=progress)
+        turn, name = self._loom.resolve(ref).turn, ref.point or MAIN
+        return warm(self, turn, name, exact=exact, cancel=cancel, progress=progress)
 
     def cost(self, prices: Prices | None = None) -> SessionCost:
         """Tokens reused and computed so far, seconds saved, and what a hosted model would have charged."""
@@ -231,6 +241,31 @@ class Session:
         with self._settled(ref) as (conn, turn):
             assert turn is not None
             refs.add_tag(conn, self._row.row, name, turn)
+
+    def pin(self, at: str | None = None) -> bool:
+        """Have the state of the turn at a ref, and of those before it, never dropped; False if that was so already.
+
+        Raises RefNotFound, NothingToDo.
+        """
+        ref = self.ref(at)
+        if self._loom.resolve(ref).turn is None:
+            raise NothingToDo("there is no turn to pin yet")
+        with self._settled(ref) as (conn, turn):
+            assert turn is not None
+            return pins.add(conn, turn)
+
+    def unpin(self, at: str | None = None) -> bool:
+        """Take the pin of the turn at a ref away; False if it had none. Raises RefNotFound."""
+        ref = self.ref(at)
+        with self._loom.database.write() as conn:
+            turn = refs.resolve(conn, ref).turn
+            return turn is not None and pins.remove(conn, turn)
+
+    def dropped(self, at: str | None = None) -> Dropped:
+        """What of the state down to a ref was dropped, and what bringing it back takes; no model is needed."""
+        from kvloom.dropped import dropped
+
+        return dropped(self, self._loom.resolve(self.ref(at)).turn)
 
     def tree(self) -> list[TreeTurn]:
         """Every turn, oldest first: parents come before their children."""
@@ -359,7 +394,7 @@ class Session:
 
     def _described(self, conn: Any, shown: Sequence[Turn]) -> list[TreeTurn]:
         ids = {turn.row: turn.id for turn in shown}
-        scores = explorations.scores(conn, self._row.row)
+        scores, pinned = explorations.scores(conn, self._row.row), pins.pinned(conn, self._row.row)
         lengths: dict[int, int] = {}
         for row, start, end in turns.token_counts(conn, self._row.row):
             lengths.setdefault(row, end - start)
@@ -384,6 +419,7 @@ class Session:
                 continues=turn.continues,
                 created=turn.created,
                 cut=cut.is_cut(turn),
+                pinned=turn.row in pinned,
             )
             for turn in shown
         ]

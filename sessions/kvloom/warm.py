@@ -42,7 +42,8 @@ class _Cold:
     """A path as far as warming is concerned: its ``pending`` turns, whose state does not reach their end, and the turns
     ``before`` them. ``tip`` is the state to go on from, ``ids`` are the tokens of the path before those turns.
 
-    Of the pending turns, ``known`` are the steps; the others are there as text alone.
+    Of the pending turns, ``known`` are the steps; the others are there as text alone. ``again``: the one that is
+    pending has a state, which was dropped.
     """
 
     before: list[Turn]
@@ -51,18 +52,19 @@ class _Cold:
     tip: TurnState | None
     ids: list[int]
     known: list[Step]
+    again: bool
 
 
-def missing(session: Session, turn: int | None, *, verify: bool = False) -> Missing:
+def missing(session: Session, turn: int | None, *, verify: bool = False, exact: bool = False) -> Missing:
     """What is missing of the state down to a turn (its row). It needs no model.
 
-    ``verify`` reads what is stored, and so finds what is damaged.
+    ``verify`` reads what is stored, and so finds what is damaged. ``exact``: what was dropped is to be as it was.
     """
     with session.loom.database.read() as conn:
         root = _root(conn, turn)
         if root is None:
             return Missing(Cost(), sum(each.role != "system" for each in turns.path_to(conn, turn)))
-        return _missing(conn, root, _cold(conn, root, turn), verify)
+        return _missing(conn, root, _cold(conn, root, turn, exact), verify, exact)
 
 
 def warm(
@@ -70,12 +72,13 @@ def warm(
     turn: int | None,
     name: str,
     *,
+    exact: bool = False,
     cancel: threading.Event | None = None,
     progress: Progress | None = None,
 ) -> Added:
     """Compute what is missing of the state down to a turn, and store it; returns when it is stored.
 
-    ``name`` is how the report calls the point.
+    ``name`` is how the report calls the point. What was dropped is computed anew, ``exact``: run again as it was.
     Stopped by ``cancel``, it keeps every turn that was replayed and every pass of those that were computed.
 
     Raises:
@@ -92,19 +95,20 @@ def warm(
     root = loom.root
     loom.flush()
     with loom.database.read() as conn:
-        cold = _cold(conn, root, turn)
+        cold = _cold(conn, root, turn, exact)
         branch = refs.branches(conn, session.row.row)[0]  # none is moved: the turns are there
     steps, parent = _steps(session, cold), cold.before[-1] if cold.before else None
     added = Added(session.name, name, parent.id if parent else "", 0, 0, Tokens(), 0.0)
     with loom.engine.lock:
         loom.resumer.forget()  # everything is read, and so checked
         if steps:
-            append = Append(loom, Commits(loom, branch), parent, cold.tip, cold.ids, cancel=cancel, progress=progress)
+            commits = Commits(loom, branch, again=cold.again)
+            append = Append(loom, commits, parent, cold.tip, cold.ids, exact=exact, cancel=cancel, progress=progress)
             added = append.run(session.name, steps)
         elif cold.tip is not None:
-            added = replace(added, **_brought_back(loom, cold.ids, cold.tip, cancel, progress))
+            added = replace(added, **_brought_back(loom, cold.ids, cold.tip, exact, cancel, progress))
     loom.flush()
-    left = missing(session, turn).cost
+    left = missing(session, turn, exact=exact).cost
     return replace(added, branch=name, pending=left.to_run, seconds=time.perf_counter() - began)
 
 
@@ -112,6 +116,7 @@ def _brought_back(
     loom: KVLoom,
     ids: Sequence[int],
     tip: TurnState,
+    exact: bool,
     cancel: threading.Event | None,
     progress: Progress | None,
 ) -> dict[str, Any]:
@@ -120,7 +125,7 @@ def _brought_back(
 
     try:
         live, account = loom.resumer.resume(
-            ids[: tip.state_end], tip, room=0, logits=False, cancel=cancel, progress=progress
+            ids[: tip.state_end], tip, room=0, logits=False, exact=exact, cancel=cancel, progress=progress
         )
     except Cancelled:
         return {}
@@ -133,7 +138,7 @@ def _root(conn: sa.Connection, turn: int | None) -> int | None:
     return states[-1].root if states else None
 
 
-def _cold(conn: sa.Connection, root: int, turn: int | None) -> _Cold:
+def _cold(conn: sa.Connection, root: int, turn: int | None, exact: bool) -> _Cold:
     path, states = path_to(conn, turn, root)
     count = next((n for n in range(len(path), 0, -1) if _is_whole(path[n - 1], states)), 0)
     tip = states[path[count - 1].row] if count else None
@@ -144,7 +149,12 @@ def _cold(conn: sa.Connection, root: int, turn: int | None) -> _Cold:
         tip = own
     written = itertools.takewhile(lambda each: each.row in states, pending)
     known = [Step(each, states[each.row].start, tuple(states[each.row].tokens)) for each in written]
-    return _Cold([each for each in path if each not in pending], pending, states, tip, ids, known)
+    again = tip is not None and not pending and not exact and turns.must_be_fresh(conn, tip, tip.state_end)
+    if again and tip is not None:
+        pending, known = path[-1:], [Step(path[-1], tip.start, tuple(tip.tokens))]
+    elif exact and tip is not None:
+        tip = turns.original_of(conn, tip)
+    return _Cold([each for each in path if each not in pending], pending, states, tip, ids, known, again)
 
 
 def _is_whole(turn: Turn, states: Mapping[int, TurnState]) -> bool:
@@ -153,10 +163,10 @@ def _is_whole(turn: Turn, states: Mapping[int, TurnState]) -> bool:
     return state is not None and state.state_end >= state.end - (turn.role == "assistant")
 
 
-def _missing(conn: sa.Connection, root: int, cold: _Cold, verify: bool) -> Missing:
+def _missing(conn: sa.Connection, root: int, cold: _Cold, verify: bool, exact: bool) -> Missing:
     first = stretches(cold.known)[:1]
     ids = path_of(cold.ids, first[0]) if first else cold.ids
-    seen = outlook.of_tokens(conn, root, ids, cold.tip, grid=KEYFRAME_SPACING, logits=False, verify=verify)
+    seen = outlook.of_tokens(conn, root, ids, cold.tip, grid=KEYFRAME_SPACING, logits=False, verify=verify, exact=exact)
     return Missing(cost_of(cold.known, seen.held, seen.replayed), len(cold.pending) - len(cold.known))
 
 

@@ -24,7 +24,8 @@ class Outlook:
     recorded.
 
     ``one_by_one`` of the replayed ones are run one a pass. ``missing`` are the turn states whose own is not held, the
-    newest first. ``gone``: state further down is not held either, and nothing says how it was computed.
+    newest first. ``gone``: state further down is not held either, and nothing says how it was computed. ``dropped``:
+    the state of the tip was dropped, so that what is not held of its tokens is computed anew.
     """
 
     known: int = 0
@@ -33,6 +34,7 @@ class Outlook:
     one_by_one: int = 0
     missing: tuple[int, ...] = ()
     gone: bool = False
+    dropped: bool = False
 
     @property
     def held(self) -> int:
@@ -49,14 +51,18 @@ def of_tokens(
     grid: int,
     logits: bool = True,
     verify: bool = False,
+    exact: bool = False,
 ) -> Outlook:
     """What a run over ``ids`` would find, if it went on from ``tip`` (None: from whatever is held of them).
 
     ``ids`` begin with the tip's tokens, or are the first of them. ``grid`` cuts passes that nobody recorded.
     ``logits``: the run needs those of the last token. ``verify`` reads the state of the tip, and so finds what is
-    damaged.
+    damaged. ``exact``: what was dropped is to be run again as recorded.
     """
     match = trie.match(conn, root, ids)
+    tip = turns.original_of(conn, tip) if exact and tip is not None else tip
+    dropped = tip is not None and not exact and turns.must_be_fresh(conn, tip, _wanted(tip, ids, logits))
+    tip = None if dropped else tip
     length, plan, gone = 0, None, False
     missing: list[TurnState] = []
     if tip is not None:
@@ -69,7 +75,8 @@ def of_tokens(
         steps += [each for state in missing for each in state.schedule.each()]
     replayed = sum(end - start for start, end in steps)
     singles = sum(end - start == 1 for start, end in steps)
-    return Outlook(match.known, length - replayed, replayed, singles, tuple(state.row for state in missing), gone)
+    lost = tuple(state.row for state in missing)
+    return Outlook(match.known, length - replayed, replayed, singles, lost, gone, dropped)
 
 
 def _wanted(tip: TurnState, ids: Sequence[int], logits: bool) -> int:

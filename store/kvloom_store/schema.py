@@ -167,6 +167,7 @@ turn_state = _table(
     _bytes("hidden", nullable=True),
     _text("hidden_dtype", nullable=True),
     _int("variant"),
+    _int("dropped"),
     _int("created"),
     _bytes("scores", nullable=True),
 )
@@ -220,3 +221,6 @@ tag = _table(
     UniqueConstraint("session", "name", name="tag_name"),
 )
 """A name that does not move."""
+
+pin = _table("pin", _id(), _ref("turn", "turn"), _int("created"), UniqueConstraint("turn", name="pin_turn"))
+"""A turn whose state is never dropped, nor that of the turns before it."""

@@ -33,6 +33,7 @@ from kvloom_proto.records import (
 from kvloom_store import checksum, codec, trie
 from kvloom_store.checksum import checked, digest, insert, update
 from kvloom_store.database import Database, allocate, now_us
+from kvloom_store.errors import StateDropped
 from kvloom_store.rows import Captured
 from kvloom_store.schema import chunk, provenance, segment
 
@@ -145,6 +146,9 @@ def write(
 
     ``finish(conn, segment)`` runs in the last transaction, so that whoever waits for the segment is linked to it
     in the moment it becomes visible. Memory: one chunk at a time.
+
+    Raises:
+        StateDropped: the segment it stands on is not there any more.
     """
     layers = expand(draft.layers)
     planned = plan(source, draft)
@@ -156,6 +160,8 @@ def write(
         if same is not None:
             finish(conn, same)
             return same
+        if draft.base_segment is not None and missing(conn, [draft.base_segment]):
+            raise StateDropped(draft.base_segment)
         new = _insert_incomplete(conn, draft, content)
     done = []
     for batch in _batches(planned):
@@ -281,6 +287,12 @@ def delete(conn: sa.Connection, ids: list[int]) -> None:
     """Take segments and their chunks away (whoever calls has made sure that nothing stands on them)."""
     conn.execute(chunk.delete().where(chunk.c.segment.in_(ids)))
     conn.execute(segment.delete().where(segment.c.id.in_(ids)))
+
+
+def missing(conn: sa.Connection, ids: Sequence[int]) -> set[int]:
+    """Which of some segments are not there (any more)."""
+    there = conn.execute(sa.select(segment.c.id).where(segment.c.id.in_(ids))).scalars()
+    return set(ids) - set(there)
 
 
 def sweep(conn: sa.Connection) -> None:

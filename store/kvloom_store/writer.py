@@ -16,6 +16,8 @@ from kvloom_proto.errors import KVLoomError
 from kvloom_proto.records import LayerSpec, Schedule
 from kvloom_store import segments, turns
 from kvloom_store.database import Database
+from kvloom_store.errors import NoRoom, StateDropped
+from kvloom_store.quota import Room
 from kvloom_store.rows import Captured
 
 MAX_JOBS = 256
@@ -58,6 +60,13 @@ class Writer:
         self._closing = False
         self._error: KVLoomError | None = None
         self._thread: threading.Thread | None = None
+        self._room = Room(database)
+
+    def notices(self) -> list[str]:
+        """What the user should be told since this was last asked: what was dropped to make room, what is not stored."""
+        told = self._room.notices[:]
+        del self._room.notices[: len(told)]
+        return told
 
     def submit(self, job: Job) -> None:
         """Hand state over; returns at once unless MAX_JOBS are waiting."""
@@ -105,7 +114,8 @@ class Writer:
                 self._store(job)
             except KVLoomError as error:
                 job.handle.error = error
-                self._error = self._error or error
+                if not isinstance(error, NoRoom | StateDropped):  # not a failure: it was told, or need not be
+                    self._error = self._error or error
             finally:
                 del job  # the rows it held may be freed now
                 with self._changed:
@@ -119,8 +129,22 @@ class Writer:
         keyframes = tuple(sorted(job.source.frames))
         draft = segments.Draft(job.node, job.start, job.end, base, job.layers, job.schedule, job.provenance, keyframes)
 
+        try:
+            self._room.make(_most_bytes(job), base)
+        except NoRoom:
+            if job.handle.state is not None:
+                with self.database.write(background=True) as conn:
+                    turns.mark_dropped(conn, job.handle.state)
+            raise
+
         def finish(conn: sa.Connection, segment: int) -> None:
             if job.handle.state is not None:
                 turns.set_segment(conn, job.handle.state, segment, base)
 
         job.handle.segment = segments.write(self.database, job.source, draft, codec_name=self.codec_name, finish=finish)
+
+
+def _most_bytes(job: Job) -> int:
+    """What a job's state takes uncompressed."""
+    chunks = segments.cut(job.layers, job.start, job.end, tuple(job.source.frames))
+    return sum(spec.raw_length for spec in chunks)
