@@ -1,4 +1,4 @@
-"""Dropping state to make room: what was said stays, goes on fresh, and comes back bit for bit where that is asked for."""
+"""Dropping state to make room: what was said stays, goes on fresh, and comes back bit for bit where it is to."""
 
 from __future__ import annotations
 
@@ -15,10 +15,8 @@ from exact.worker import frame_of, rows_of
 from tiny import tiny_model, tiny_tokenizer
 
 import kvloom
-from kvloom.errors import NothingToDo, ReuseRequired
 from kvloom_store import quota, refs, turns
 from kvloom_store.names import parse_ref
-from kvloom_store.quota import Limits
 from kvloom_store.schema import chunk, segment, turn_state
 
 KINDS = ("llama", "gemma3_text", "jamba")

@@ -26,6 +26,7 @@ from kvloom.cli import (
     edit,
     explore,
     manage,
+    room,
     sample,
     search,
     show,
@@ -47,7 +48,7 @@ _SECTIONS = {
     "Talk": [chat.chat, talk.say, talk.continue_, talk.regenerate],
     "Branch": [manage.fork, edit.edit, compact.compact, manage.tag, manage.rename, manage.rm],
     "Explore": [sample.sample, explore.explore],
-    "State": [warm.warm],
+    "State": [warm.warm, room.gc, room.pin, room.unpin, room.quota],
     "Look": [
         *(browse.browse, show.ls, show.branches, show.log, tree.tree, show.show),
         *(search.search, diff.diff, why.why, about.stats, cost.cost),

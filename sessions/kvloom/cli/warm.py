@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvloom.cli.asking import told
+from kvloom.cli.asking import exact_option, tell_dropped, told
 from kvloom.cli.common import Options, complete_ref, parse, reading, shared
 from kvloom.cli.opening import with_model
 from kvloom.cli.talk import Stopped, interruptible
@@ -48,12 +48,15 @@ class _Place:
 @click.argument("refs", metavar="REF...", nargs=-1, shell_complete=complete_ref)
 @click.option("--all", "everything", is_flag=True, help="Every branch of every session.")
 @click.option("--dry-run", is_flag=True, help="Only tell what is missing; no model is loaded.")
-def warm(options: Options, refs: tuple[str, ...], everything: bool, dry_run: bool) -> None:
+@exact_option
+def warm(options: Options, refs: tuple[str, ...], everything: bool, dry_run: bool, exact: bool) -> None:
     """Compute what is missing of the state down to each REF, at low priority, so that the next turn need not wait.
 
     That is, tokens that are pending (an edit left unrun, a message that was interrupted), and state that was never
     stored, was dropped, or is damaged: all that is there is read, and checked. Ctrl-C stops it; turns that were done
     are kept, and so are the passes of one that was begun (of one that is replayed, nothing).
+
+    What was dropped is computed anew; with --exact it is run again just as it was first, replies token by token.
 
     \b
     Example:
@@ -63,14 +66,15 @@ def warm(options: Options, refs: tuple[str, ...], everything: bool, dry_run: boo
     """
     if bool(refs) == everything:
         raise click.UsageError("name what to warm, or say --all" if not refs else "--all takes no REF")
-    places = _places(options, refs)
+    places = _places(options, refs, exact)
     stopped = Stopped()
     failed = 0
     if not dry_run and any(place.missing for place in places):
         if hasattr(os, "nice"):
             os.nice(LOW_PRIORITY)  # before the model is loaded: its threads inherit it
         with interruptible() as stopped:
-            failed = _compute(options, [place for place in places if place.missing], stopped, carry_on=everything)
+            todo = [place for place in places if place.missing]
+            failed = _compute(options, todo, stopped, exact=exact, carry_on=everything)
     if options.json:
         print_json({"points": [place.to_json() for place in places], "stopped": bool(stopped.signal)})
     elif not any(place.missing for place in places):
@@ -84,7 +88,7 @@ def warm(options: Options, refs: tuple[str, ...], everything: bool, dry_run: boo
         raise click.exceptions.Exit(failed)
 
 
-def _places(options: Options, refs: tuple[str, ...]) -> list[_Place]:
+def _places(options: Options, refs: tuple[str, ...], exact: bool) -> list[_Place]:
     """What was named (or all branches there are), and what is missing there; no model is needed to know."""
     with reading(options) as reader:
         if refs:
@@ -94,11 +98,11 @@ def _places(options: Options, refs: tuple[str, ...]) -> list[_Place]:
         found = []
         for session, at in named:
             model = (str(session.settings["model"]), str(session.settings["model_digest"]))
-            found.append(_Place(session.name, at or "main", model, session.missing(at, verify=True)))
+            found.append(_Place(session.name, at or "main", model, session.missing(at, verify=True, exact=exact)))
         return found
 
 
-def _compute(options: Options, places: list[_Place], stopped: Stopped, *, carry_on: bool) -> int:
+def _compute(options: Options, places: list[_Place], stopped: Stopped, *, exact: bool, carry_on: bool) -> int:
     """Warm all places, each model loaded once; the exit code of what failed last where others are to ``carry_on``."""
     from kvloom.errors import KVLoomError
 
@@ -110,9 +114,9 @@ def _compute(options: Options, places: list[_Place], stopped: Stopped, *, carry_
                 for place in mine:
                     if stopped.signal:
                         return failed
-                    place.added = session.loom.find(place.session).warm(
-                        place.at, cancel=stopped.cancel, progress=bars.passes
-                    )
+                    found = session.loom.find(place.session)
+                    tell_dropped(found, place.at, exact=exact)
+                    place.added = found.warm(place.at, exact=exact, cancel=stopped.cancel, progress=bars.passes)
                     bars.stop()
                     _tell(options, place, place.added)
         except KVLoomError as error:
