@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kvloom.branch import Branch
     from kvloom.choices import Choice, Option
     from kvloom.diff import Diff
+    from kvloom.dropped import Dropped
     from kvloom.engine import TransformersEngine
     from kvloom.errors import KVLoomError
     from kvloom.explore.plan import ExploreSettings
@@ -42,6 +43,7 @@ __all__ = [
     "Choice",
     "Cost",
     "Diff",
+    "Dropped",
     "Event",
     "ExploreSettings",
     "Found",
@@ -75,6 +77,7 @@ _HOME = {
     "Choice": "choices",
     "Cost": "report",
     "Diff": "diff",
+    "Dropped": "dropped",
     "Event": "explore.search",
     "ExploreSettings": "explore.plan",
     "Found": "explore.search",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from kvloom.commit import Commits, Standing
+from kvloom.commit import Commits, Standing, compute_anew
 from kvloom.engine import Cancelled, Progress
 from kvloom.report import Added, Tokens
 from kvloom.steps import NewTurn, Step, path_of, stretches
@@ -93,14 +93,23 @@ class Append:
                 cancel=self._cancel,
                 progress=self._progress,
             )
+            anew = 0
+            if tip is not None and self._turn is not None and not (own or rewritten) and first.start >= tip.end:
+                there = self._commits.branch
+                anew = compute_anew(
+                    self._loom, there, self._turn, tip, path_of(self._ids, part), live, cancel=self._cancel
+                )
         except (Cancelled, KeyboardInterrupt) as error:
             self._stop(error)
             return None
         self._commits.notices += account.notices
         known = min(first.start, len(self._ids)) if self._tokens != Tokens() else 0  # counted with what came before
-        reused = max(0, live.length - account.replayed - known)
+        reused = max(0, live.length - account.replayed - anew - known)
         self._tokens = replace(
-            self._tokens, reused=self._tokens.reused + reused, replayed=self._tokens.replayed + account.replayed
+            self._tokens,
+            reused=self._tokens.reused + reused,
+            replayed=self._tokens.replayed + account.replayed,
+            computed=self._tokens.computed + anew,
         )
         return live
 

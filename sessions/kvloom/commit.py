@@ -18,10 +18,13 @@ from kvloom_store.turns import Turn, TurnState
 from kvloom_store.writer import Handle
 
 if TYPE_CHECKING:
+    import threading
+
     import sqlalchemy as sa
     import torch
 
-    from kvloom.live import Link
+    from kvloom.engine import Progress
+    from kvloom.live import Link, LiveState
     from kvloom.loom import KVLoom
     from kvloom_proto.records import LayerSpec, Schedule
     from kvloom_store.rows import Captured
@@ -210,6 +213,31 @@ def commit_all(
         if addition.held is not None:
             commits._hand_over(addition.held, state)
     return made
+
+
+def compute_anew(
+    loom: KVLoom,
+    branch: BranchRow | NewBranch,
+    turn: Turn,
+    tip: TurnState,
+    ids: Sequence[int],
+    live: LiveState,
+    *,
+    cancel: threading.Event | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """Compute what is not held of the state of a turn (``tip``) that was dropped, and store it as a variant of it:
+    whoever goes on from that turn later finds it. ``ids`` begin with its tokens; how many were run.
+
+    Raises Cancelled; nothing is stored then.
+    """
+    start, engine = live.length, loom.engine
+    if start >= tip.state_end:
+        return 0
+    engine.prefill(live, ids[start : tip.end], cancel=cancel, progress=progress)
+    commits = Commits(loom, branch, again=True)  # the branch stays where it is: the turn is there
+    commits.add(turn, None, tip, ids[: tip.end], tip.start, live, list(engine.passes(start, tip.end)))
+    return tip.end - start
 
 
 def _packed(new: NewTurn | Turn, tokens: int) -> bytes | None:

@@ -106,7 +106,7 @@ class Resumer:
             if known is not None and tip.hidden_dtype and live.hidden is None:
                 live.hidden = hidden_tensor(known, tip.hidden_dtype, self.engine.device)
         self._load_more(live, ids, tip, account, logits, cancel, progress)
-        account.reused = live.length - account.replayed
+        account.reused = max(0, live.length - account.replayed)  # more may have been run again than was kept
         account.seconds = time.perf_counter() - began
         return live, account
 

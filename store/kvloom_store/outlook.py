@@ -21,7 +21,7 @@ from kvloom_store.turns import TurnState
 @dataclass(frozen=True, slots=True)
 class Outlook:
     """Of some tokens ``known`` ones stand in the trie, ``reused`` ones are loaded, ``replayed`` ones are run again as
-    recorded.
+    recorded. ``held`` will be there without computing anything new.
 
     ``one_by_one`` of the replayed ones are run one a pass. ``missing`` are the turn states whose own is not held, the
     newest first. ``gone``: state further down is not held either, and nothing says how it was computed. ``dropped``:
@@ -35,11 +35,7 @@ class Outlook:
     missing: tuple[int, ...] = ()
     gone: bool = False
     dropped: bool = False
-
-    @property
-    def held(self) -> int:
-        """How many tokens will be there without computing anything new."""
-        return self.reused + self.replayed
+    held: int = 0
 
 
 def of_tokens(
@@ -76,7 +72,8 @@ def of_tokens(
     replayed = sum(end - start for start, end in steps)
     singles = sum(end - start == 1 for start, end in steps)
     lost = tuple(state.row for state in missing)
-    return Outlook(match.known, length - replayed, replayed, singles, lost, gone, dropped)
+    # Of a turn that was left in its middle, more is run again than is kept.
+    return Outlook(match.known, max(0, length - replayed), replayed, singles, lost, gone, dropped, held=length)
 
 
 def _wanted(tip: TurnState, ids: Sequence[int], logits: bool) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from exact.worker import frame_of, rows_of
 from tiny import tiny_model, tiny_tokenizer
 
 import kvloom
-from kvloom_store import quota, refs, turns
+from kvloom.errors import NothingToDo, ReuseRequired
+from kvloom_store import gc, quota, refs, trie, turns
 from kvloom_store.names import parse_ref
-from kvloom_store.schema import chunk, segment, turn_state
+from kvloom_store.quota import Limits
+from kvloom_store.schema import chunk, pin, segment, turn_state
 
 KINDS = ("llama", "gemma3_text", "jamba")
 SYSTEM = "You are the one who was there with them."
@@ -70,8 +73,6 @@ def bits(loom: kvloom.KVLoom, at: str, session: str = "a", **options: Any) -> tu
     loom.resumer.forget()
     state = state_of(loom, at, session)
     with loom.database.read() as conn:
-        from kvloom_store import trie
-
         ids = trie.tokens_to(conn, state.position.node, state.position.offset)[: state.state_end]
     with loom.engine.lock:
         live, account = loom.resumer.resume(ids, state, room=1, logits=False, **options)
@@ -156,3 +157,318 @@ def test_nothing_is_left_of_state_that_was_dropped(store_path: Path):
             states = turns.states_of_session(conn, loom.session("a").row.row)
         assert all(each.dropped for each in states if each.state_end > each.state_start)
         assert loom.gc(0).segments == 0
+
+
+# --- coming back ---
+
+
+def test_state_that_was_dropped_is_computed_anew_once_and_then_held(store_path: Path):
+    with opened(store_path) as loom:
+        main = talk(loom).branch()
+        as_it_was, _ = bits(loom, "main~1")
+        loom.gc(0)
+        again = main.regenerate(max_tokens=4).reply
+        assert (again.tokens.reused, again.tokens.replayed) == (0, 0)
+        assert again.tokens.computed > 50
+        loom.flush()
+        assert bits(loom, "main~1")[0] != as_it_was, "another way of computing it: replies were read, not said"
+        once_more = main.regenerate(max_tokens=4).reply
+        assert once_more.tokens.computed <= 1, "it is held under the tokens, whoever had it computed"
+        assert bits(loom, "main~1", exact=True)[0] == as_it_was
+
+
+def test_state_that_was_never_written_comes_back_exactly_though_other_state_was_dropped(store_path: Path):
+    with opened(store_path) as loom:
+        session = talk(loom)
+        as_it_was, _ = bits(loom, "other")
+        tip = state_of(loom, "other")
+        with loom.database.write() as conn:  # as after a crash
+            turns.set_segment(conn, tip.row, None, tip.base_segment)
+            conn.execute(chunk.delete().where(chunk.c.segment == tip.segment))
+            conn.execute(segment.delete().where(segment.c.id == tip.segment))
+        loom.gc(None)
+        came_back, account = bits(loom, "other")
+        assert came_back == as_it_was
+        assert account.replayed == tip.state_end - tip.state_start
+        assert session.dropped("other") == kvloom.Dropped()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_warm_brings_dropped_state_back_fresh_as_a_variant_and_exactly_in_its_own_place(store_path: Path, kind: str):
+    with opened(store_path, kind) as loom:
+        session = talk(loom)
+        as_it_was, _ = bits(loom, "main")
+        loom.gc(0)
+        missing, foretold = session.missing(), session.dropped()
+        added = session.warm()
+        assert (added.tokens.computed, added.tokens.replayed, added.pending) == (missing.cost.computed, 0, 0)
+        assert added.tokens.computed >= foretold.fresh > 100
+        assert not session.missing(verify=True)
+        fresh = state_of(loom, "main")
+        assert fresh.variant
+        assert fresh.segment is not None
+        assert bits(loom, "main")[0] != as_it_was
+    with opened(store_path, kind) as loom:
+        session = loom.session("a")
+        assert session.branch().say("and then?", max_tokens=3).tokens.computed < 40
+        session.branch().undo()
+        exactly = session.warm(exact=True)
+        assert exactly.tokens.replayed == foretold.exact
+        assert not session.missing(verify=True, exact=True)
+        own = state_of(loom, "main")
+        assert not own.variant, "the first comes before its variants, when both are held"
+        assert not own.dropped
+        assert bits(loom, "main")[0] == as_it_was
+
+
+def test_reuse_that_is_required_is_refused_where_state_was_dropped(store_path: Path):
+    with opened(store_path) as loom:
+        main = talk(loom).branch()
+        loom.gc(0)
+        with pytest.raises(ReuseRequired):
+            main.say("and then?", max_tokens=2, require_reuse=True)
+        assert main.log()[-1].role == "assistant"
+
+
+def test_dropped_state_goes_on_in_every_way_a_branch_can(store_path: Path):
+    with opened(store_path) as loom:
+        main = talk(loom).branch()
+        for act in (
+            lambda: main.continue_reply(max_tokens=3).reply,
+            lambda: main.choose("is it?", ["yes", "no"]),
+            lambda: main.score(["yes", "no"]),
+            lambda: main.sample("and then?", n=2, max_tokens=3),
+            lambda: main.beam("and then?", width=2, max_tokens=3),
+            lambda: main.edit("it was not so", 1).run(),
+            lambda: main.session.compact(keep=1).run(),
+            lambda: main.session.fork(f"at {store_path.stat().st_ino}".replace(" ", "-"), "main:60"),
+            lambda: main.why("and then?"),
+        ):
+            loom.flush()
+            loom.gc(0)
+            assert stored(loom) == 0
+            assert act() is None or stored(loom) >= 0
+
+
+def test_a_search_goes_on_where_it_was_though_its_state_was_dropped(store_path: Path):
+    settings = {"width": 2, "keep": 2, "depth": 2, "step_tokens": 4, "seed": 3, "temperature": 1.0}
+    with opened(store_path) as loom:
+        session = talk(loom)
+        straight = session.explore(prompt="what then?", name="straight", **settings).result
+        cancel, steps = threading.Event(), []
+        stopped = session.explore(
+            prompt="what then?",
+            name="stopped",
+            cancel=cancel,
+            told=lambda tokens: steps.append(tokens) or len(steps) < 6 or cancel.set(),
+            **settings,
+        )
+        assert not stopped.result.finished
+        loom.gc(0)
+        whole = session.explore(name="stopped", resume=True).result
+        assert [(each.text, each.score) for each in whole.nodes] == [(each.text, each.score) for each in straight.nodes]
+
+
+# --- open conversations, other processes ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_open_conversation_goes_on_when_another_process_drops_its_state(store_path: Path, kind: str):
+    with opened(store_path, kind) as loom:
+        main = talk(loom).branch()
+        main.say("and then?", max_tokens=4)
+        loom.flush()
+        with opened(store_path, kind) as other:
+            other.gc(0)
+        reply = main.say("and who was it?", max_tokens=4)
+        assert reply.tokens.reused == 0
+        assert reply.notices == ()
+        loom.flush()
+        assert not main.session.missing(verify=True)
+    with opened(store_path, kind) as loom:
+        assert loom.session("a").branch().say("who?", max_tokens=2).tokens.computed < 40
+        assert [turn.text for turn in loom.session("a").log() if turn.role == "user"][-1] == "who?"
+
+
+def test_a_reply_during_which_its_base_is_dropped_is_kept_and_computed_again(store_path: Path):
+    with opened(store_path) as loom:
+        main = talk(loom).branch()
+        main.say("and then?", max_tokens=2)
+        loom.flush()
+        run = main.stream("and who was it?", max_tokens=6)
+        pieces = iter(run)
+        text = next(pieces)
+        with opened(store_path) as other, other.database.write() as conn:
+            rows = conn.execute(sa.select(segment.c.id).order_by(segment.c.id.desc())).scalars().all()
+            assert gc.drop(conn, rows, newest=1 << 40) == set(rows)
+        text += "".join(pieces)
+        assert run.reply.text == text
+        loom.flush()
+        after = main.say("and when?", max_tokens=3)
+        assert after.tokens.replayed == 0
+        loom.flush()
+        assert not main.session.missing(verify=True)
+        assert bits(loom, "main~2", exact=True)[1].replayed > 0
+
+
+def test_what_came_into_use_after_the_plan_was_made_stays(store_path: Path):
+    with opened(store_path) as loom:
+        session = talk(loom)
+
+        def meanwhile(planned: gc.Collected) -> bool:
+            session.branch("third").say("and then?", max_tokens=3)
+            loom.flush()
+            return True
+
+        report = loom.gc(0, agree=meanwhile)
+        assert report.skipped > 0
+        assert not session.missing("third", verify=True)
+
+
+def test_state_that_is_about_to_be_stored_keeps_what_it_stands_on(store_path: Path):
+    with opened(store_path) as loom:
+        session = talk(loom)
+        tip = state_of(loom, "third")
+        with loom.database.write() as conn:
+            turns.set_segment(conn, tip.row, None, tip.base_segment)
+        report = loom.gc(0)
+        assert report.kept > 0
+        with loom.database.read() as conn:
+            assert tip.base_segment in set(conn.execute(sa.select(segment.c.id)).scalars())
+        assert session.missing("third").cost.replayed == tip.state_end - tip.state_start
+
+
+# --- pins, sessions that share, the quota ---
+
+
+def test_what_is_pinned_is_never_dropped(store_path: Path):
+    with opened(store_path) as loom:
+        session = talk(loom)
+        assert session.pin("main~2")
+        assert not session.pin("main~2")
+        report = loom.gc(0)
+        assert report.after == report.kept > 0
+        assert not session.missing("main~2", verify=True)
+        assert session.dropped("main").fresh
+        assert [turn.pinned for turn in session.log()] == [False, False, True, False, False]
+        assert session.unpin("main~2")
+        assert not session.unpin("main~2")
+        assert loom.gc(0).after == 0
+
+
+def test_a_pin_goes_with_its_turn(store_path: Path):
+    with opened(store_path) as loom:
+        session = talk(loom)
+        session.pin("third")
+        loom.remove("a")
+        assert count(loom, pin) == count(loom, segment) == 0
+        with pytest.raises(NothingToDo):
+            loom.session("new").pin()
+
+
+def test_replies_that_were_taken_back_go_before_what_a_branch_leads_to(store_path: Path):
+    with opened(store_path) as loom:
+        session = talk(loom)
+        main = session.branch()
+        main.say("this is all taken back later, and nobody wants to know of it", max_tokens=20)
+        main.undo()
+        loom.flush()
+        report = loom.gc(0, keep_branches=True)
+        assert report.freed > 0
+        assert report.branches == ()
+        for name in BRANCHES:
+            assert not session.missing(name, verify=True)
+
+
+def test_what_a_loop_of_ones_own_captured_is_kept_until_room_is_needed(store_path: Path):
+    with opened(store_path) as loom:
+        ids = engine().tokenizer.encode("when was it that they were all there")
+        cache, length = loom.lookup(ids)
+        assert length == 0
+        with torch.inference_mode():
+            engine().model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+        loom.capture(ids, cache)
+        loom.flush()
+        assert loom.gc().segments == 0
+        assert loom.lookup(ids)[1] == len(ids) - 1
+        assert loom.gc(0).segments == 1
+
+
+def test_a_session_whose_state_stands_on_a_removed_one_still_comes_back(store_path: Path):
+    with opened(store_path) as loom:
+        talk(loom, "a")
+        beside = loom.session("b", system=SYSTEM).branch()
+        beside.say("when was it that they were all there, and who said that it would be so?", max_tokens=16)
+        beside.say("and what else?", max_tokens=5)
+        as_it_was, _ = bits(loom, "main", "b")
+        loom.flush()
+        loom.remove("a")
+        loom.gc(0)
+        assert beside.session.dropped().fresh
+        assert bits(loom, "main", "b", exact=True)[0] == as_it_was
+
+
+def test_a_store_over_its_quota_drops_what_is_worth_least_when_state_is_written(store_path: Path):
+    with opened(store_path) as loom:
+        session = talk(loom)
+        loom.set_quota(Limits(max_state=stored(loom) + 1000))
+        reply = session.branch("third").say("and then?", max_tokens=6)
+        loom.flush()
+        assert reply.finish_reason == "length"
+        assert stored(loom) <= loom.quota().max_state
+        assert any("dropped to keep within the store's quota" in each for each in loom.notices())
+        assert not session.missing("third", verify=True), "what was just said is held"
+
+
+def test_where_nothing_may_go_text_is_kept_and_state_is_not_and_that_is_told_once(store_path: Path):
+    with opened(store_path) as loom:
+        session = talk(loom)
+        for name in BRANCHES:
+            session.pin(name)
+        loom.set_quota(Limits(max_state=stored(loom)))
+        before = stored(loom)
+        for text in ("and then?", "and who?"):
+            session.branch().say(text, max_tokens=4)
+        loom.flush()
+        assert stored(loom) == before
+        said = loom.notices()
+        assert len([each for each in said if "not stored any more" in each]) <= 1
+    with opened(store_path) as loom:
+        session = loom.session("a")
+        assert session.log()[-2].text == "and who?"
+        assert state_of(loom, "main").dropped, "so that it comes back at the speed of reading"
+        loom.set_quota(Limits())
+        assert session.branch().say("and when?", max_tokens=2).tokens.replayed == 0
+        loom.flush()
+        assert not session.missing(verify=True)
+
+
+def test_no_state_is_written_to_a_disk_that_is_nearly_full(store_path: Path):
+    with opened(store_path) as loom:
+        session = talk(loom)
+        loom.set_quota(Limits(min_free=1 << 60))
+        before = stored(loom)
+        session.branch().say("and then?", max_tokens=4)
+        loom.flush()
+        told = session.branch().say("and who?", max_tokens=4).notices
+        assert [each for each in told if "free on the disk" in each]
+        assert session.branch().say("and when?", max_tokens=4).notices == ()
+        loom.flush()
+        assert stored(loom) == before
+        assert session.log()[-2].text == "and when?"
+
+
+def test_what_a_plan_foretells_is_in_the_units_of_what_is_measured(store_path: Path):
+    with opened(store_path) as loom:
+        session = talk(loom)
+        planned = loom.gc(0, dry_run=True)
+        assert stored(loom) == planned.before
+        done = loom.gc(0)
+        assert (done.freed, done.tokens, done.seconds) == (planned.freed, planned.tokens, planned.seconds)
+        assert 0 < done.seconds < done.exact_seconds
+        main = next(each for each in done.branches if each.name == "a@main")
+        assert main.tokens == session.dropped().fresh
+        assert main.seconds == pytest.approx(session.dropped().fresh_seconds)
+        assert main.exact_seconds == pytest.approx(session.dropped().exact_seconds)
+        reply = session.branch().say("and then?", max_tokens=2)
+        assert reply.tokens.computed >= main.tokens
