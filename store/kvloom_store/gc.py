@@ -155,7 +155,7 @@ def drop(conn: sa.Connection, ids: Sequence[int], newest: int) -> set[int]:
 
     What has come into use since turn state ``newest`` stays: something stands on it, or it was pinned.
     """
-    stays = _pinned(conn)  # and what it stands on is not free
+    stays = _pinned(conn) | segments.missing(conn, ids)  # what pinned ones stand on is not free
     dropped: set[int] = set()
     for each in ids:
         if each not in stays and _is_free(conn, each, newest) and _let_go(conn, each):

@@ -111,10 +111,12 @@ class Room:
         keep = frozenset() if base is None else frozenset({base})
         wanted = max(0, min(int(most * SLACK), most - expected))
         done = gc.collect(self.database, wanted, keep=keep, agree=lambda planned: planned.after + expected <= most)
-        if done.after + expected > most:
+        if done.dry_run and self._taken > most:  # it does not fit in any case, and the store is to keep to its quota
+            done = gc.collect(self.database, most)
+        if done.dry_run or done.after + expected > most:
             self._refuse(
                 "quota",
-                f"state would take more than the store's quota of {most >> 20:,} MiB, and nothing more may be dropped:"
+                f"state would take more than the store's quota of {most / 1e6:,.1f} MB, and not enough may be dropped:"
                 " it is not stored any more, only what is said",
                 "kvloom quota sets another one, kvloom unpin lets more be dropped",
             )

@@ -123,19 +123,21 @@ class Writer:
                     self._changed.notify_all()
 
     def _store(self, job: Job) -> None:
-        if job.base is not None and job.base.segment is None:
-            raise job.base.error or KVLoomError("state cannot be stored without the state it stands on")
-        base = job.base.segment if job.base else None
-        keyframes = tuple(sorted(job.source.frames))
-        draft = segments.Draft(job.node, job.start, job.end, base, job.layers, job.schedule, job.provenance, keyframes)
-
         try:
-            self._room.make(_most_bytes(job), base)
+            self._write(job)
         except NoRoom:
             if job.handle.state is not None:
                 with self.database.write(background=True) as conn:
                     turns.mark_dropped(conn, job.handle.state)
             raise
+
+    def _write(self, job: Job) -> None:
+        if job.base is not None and job.base.segment is None:
+            raise job.base.error or KVLoomError("state cannot be stored without the state it stands on")
+        base = job.base.segment if job.base else None
+        keyframes = tuple(sorted(job.source.frames))
+        draft = segments.Draft(job.node, job.start, job.end, base, job.layers, job.schedule, job.provenance, keyframes)
+        self._room.make(_most_bytes(job), base)
 
         def finish(conn: sa.Connection, segment: int) -> None:
             if job.handle.state is not None:
