@@ -35,7 +35,7 @@ from kvloom_store.checksum import checked, digest, insert, update
 from kvloom_store.database import Database, allocate, now_us
 from kvloom_store.errors import StateDropped
 from kvloom_store.rows import Captured
-from kvloom_store.schema import chunk, provenance, segment
+from kvloom_store.schema import chunk, provenance, segment, turn_state
 
 TRANSACTION_BYTES = 8 << 20
 """State written in one transaction: what a turn that commits meanwhile has to wait for."""
@@ -296,8 +296,13 @@ def missing(conn: sa.Connection, ids: Sequence[int]) -> set[int]:
 
 
 def sweep(conn: sa.Connection) -> None:
-    """Take away what a process that died while writing state has left."""
+    """Take away what a process that died while writing state has left.
+
+    What something names was whole once, and was marked by healing: it stays until nothing does.
+    """
     stale = sa.select(segment.c.id).where(segment.c.complete == 0, segment.c.created < now_us() - ABANDONED_US)
     ids = list(conn.execute(stale).scalars())
     if ids:
-        delete(conn, ids)
+        names = (turn_state.c.segment, turn_state.c.base_segment, segment.c.base_segment)
+        named = {row for name in names for row in conn.execute(sa.select(name).where(name.in_(ids))).scalars()}
+        delete(conn, [each for each in ids if each not in named])

@@ -18,6 +18,7 @@ from tiny import tiny_model, tiny_tokenizer
 import kvloom
 from kvloom.errors import EngineError, NothingToDo, ReuseRequired
 from kvloom_store import gc, quota, refs, trie, turns
+from kvloom_store.checksum import update
 from kvloom_store.names import parse_ref
 from kvloom_store.quota import Limits
 from kvloom_store.schema import chunk, pin, segment, turn_state
@@ -345,6 +346,20 @@ def test_state_that_is_about_to_be_stored_keeps_what_it_stands_on(store_path: Pa
         with loom.database.read() as conn:
             assert tip.base_segment in set(conn.execute(sa.select(segment.c.id)).scalars())
         assert session.missing("third").cost.replayed == tip.state_end - tip.state_start
+
+
+def test_state_that_nobody_may_read_any_more_goes_too_and_never_keeps_a_store_from_opening(store_path: Path):
+    with opened(store_path) as loom:
+        talk(loom)
+        with loom.database.write() as conn:  # as healing marks it, where other bits came out; an hour ago
+            row = dict(conn.execute(sa.select(segment).order_by(segment.c.id).limit(1)).one()._mapping)
+            row.pop("checksum")
+            update(conn, segment, row, complete=0, created=0)
+    with opened(store_path) as loom:
+        assert loom.root
+        assert stored(loom) > 0
+        assert loom.gc(0).after == 0
+        assert loom.session("a").branch().say("and then?", max_tokens=2).tokens.computed > 50
 
 
 # --- pins, sessions that share, the quota ---
