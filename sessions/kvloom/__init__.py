@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kvloom.bundles import Exported
     from kvloom.choices import Choice, Option
     from kvloom.diff import Diff
+    from kvloom.dropped import Dropped
     from kvloom.engine import TransformersEngine
     from kvloom.errors import KVLoomError
     from kvloom.explore.plan import ExploreSettings
@@ -44,6 +45,7 @@ __all__ = [
     "Choice",
     "Cost",
     "Diff",
+    "Dropped",
     "Event",
     "ExploreSettings",
     "Exported",
@@ -79,6 +81,7 @@ _HOME = {
     "Choice": "choices",
     "Cost": "report",
     "Diff": "diff",
+    "Dropped": "dropped",
     "Event": "explore.search",
     "ExploreSettings": "explore.plan",
     "Exported": "bundles",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from kvloom.commit import Commits, Standing
+from kvloom.commit import Commits, Standing, compute_anew
 from kvloom.engine import Cancelled, Progress
 from kvloom.report import Added, Tokens
 from kvloom.steps import NewTurn, Step, path_of, stretches
@@ -35,6 +35,7 @@ class Append:
         ids: Sequence[int],
         *,
         compute: bool = True,
+        exact: bool = False,
         cancel: threading.Event | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -44,6 +45,7 @@ class Append:
         self._tip = tip
         self._ids = list(ids)
         self._computes = compute
+        self._exact = exact
         self._cancel = cancel
         self._progress = progress
         self._tokens = Tokens()
@@ -87,17 +89,27 @@ class Append:
                 None if rewritten else tip,
                 room=1,
                 logits=False,
+                exact=self._exact,
                 cancel=self._cancel,
                 progress=self._progress,
             )
+            anew = 0
+            if tip is not None and self._turn is not None and not (own or rewritten) and first.start >= tip.end:
+                there = self._commits.branch
+                anew = compute_anew(
+                    self._loom, there, self._turn, tip, path_of(self._ids, part), live, cancel=self._cancel
+                )
         except (Cancelled, KeyboardInterrupt) as error:
             self._stop(error)
             return None
         self._commits.notices += account.notices
         known = min(first.start, len(self._ids)) if self._tokens != Tokens() else 0  # counted with what came before
-        reused = max(0, live.length - account.replayed - known)
+        reused = max(0, live.length - account.replayed - anew - known)
         self._tokens = replace(
-            self._tokens, reused=self._tokens.reused + reused, replayed=self._tokens.replayed + account.replayed
+            self._tokens,
+            reused=self._tokens.reused + reused,
+            replayed=self._tokens.replayed + account.replayed,
+            computed=self._tokens.computed + anew,
         )
         return live
 

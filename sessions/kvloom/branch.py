@@ -62,6 +62,7 @@ class Branch:
         *,
         reuse: bool = True,
         require_reuse: bool = False,
+        exact: bool = False,
         cancel: threading.Event | None = None,
         progress: Progress | None = None,
         **sampling: Any,
@@ -69,7 +70,8 @@ class Branch:
         """Say something; iterate over the result for the pieces of the reply, then read its ``reply``.
 
         ``sampling`` are fields of SamplingSettings (max_tokens, temperature, seed, stop ...), in place of
-        ``settings``. ``reuse=False`` loads no stored state. ``cancel`` is a threading.Event that ends the
+        ``settings``. ``reuse=False`` loads no stored state. State that was dropped is computed anew, and with
+        ``exact=True`` run again just as it was first. ``cancel`` is a threading.Event that ends the
         reply; what was said so far is kept as an interrupted turn. Under the default template, for models that
         bring none, ``stop`` is ``kvloom.template.DEFAULT_STOP`` unless it is given (``stop=()``: nowhere).
 
@@ -77,7 +79,7 @@ class Branch:
             InvalidText, ModelMismatch, ContextOverflow, ReuseRequired; nothing is stored then.
         """
         parent, tip, prompt, messages = self._prompt(text)
-        options = self._options(reuse, require_reuse, cancel, progress)
+        options = self._options(reuse, require_reuse, cancel, progress, exact=exact)
         return self._run(parent, tip, prompt.ids, prompt.kept, messages[-1], self._chosen(settings, sampling), options)
 
     def sample(
@@ -182,6 +184,7 @@ class Branch:
         *,
         reuse: bool = True,
         require_reuse: bool = False,
+        exact: bool = False,
         cancel: threading.Event | None = None,
         progress: Progress | None = None,
     ) -> Run:
@@ -192,7 +195,7 @@ class Branch:
         parent, tip, prompt, messages = self._prompt(text)
         given = replies(self._loom.engine, self.session.template(), messages, prompt.ids, choices)
         settings = self._chosen(None, {})
-        options = self._options(reuse, require_reuse, cancel, progress)
+        options = self._options(reuse, require_reuse, cancel, progress, exact=exact)
         return self._run(
             parent, tip, prompt.ids, prompt.kept, messages[-1], settings, options, run=partial(ChoiceRun, given)
         )
@@ -224,17 +227,20 @@ class Branch:
         self,
         settings: SamplingSettings | None = None,
         *,
+        exact: bool = False,
         cancel: threading.Event | None = None,
         progress: Progress | None = None,
         **sampling: Any,
     ) -> Run:
         """Take an interrupted reply (or one that met its limit) up where it stopped; the text is the new part.
 
+        ``exact`` is as in ``stream``.
+
         Raises:
             NothingToDo: the reply is complete, or nothing was said yet.
         """
         parent, tip = self._unfinished(*self._written(cancel, progress))
-        options = self._options(True, False, cancel, progress)
+        options = self._options(True, False, cancel, progress, exact=exact)
         continues = parent.role == "assistant"
         return self._go_on(parent, tip, self._chosen(settings, sampling), options, continues=continues)
 
@@ -242,11 +248,14 @@ class Branch:
         self,
         settings: SamplingSettings | None = None,
         *,
+        exact: bool = False,
         cancel: threading.Event | None = None,
         progress: Progress | None = None,
         **sampling: Any,
     ) -> Run:
         """Another reply to the last message; the old one stays in the tree. No forward pass before the first token.
+
+        ``exact`` is as in ``stream``.
 
         Raises:
             NothingToDo: there is no message to reply to.
@@ -257,9 +266,8 @@ class Branch:
         parent, tip = tip_of(path, states)
         if parent is None or tip is None or parent.role == "system":
             raise NothingToDo("there is no reply to regenerate", hint="kvloom say SESSION TEXT")
-        return self._go_on(
-            parent, tip, self._chosen(settings, sampling), self._options(True, False, cancel, progress), continues=False
-        )
+        options = self._options(True, False, cancel, progress, exact=exact)
+        return self._go_on(parent, tip, self._chosen(settings, sampling), options, continues=False)
 
     def undo(self) -> None:
         """Move the branch back to before the last message; the turns stay in the tree. Raises NothingToDo."""
@@ -395,11 +403,17 @@ class Branch:
         return reply.finish_reason == "stop" and stops == DEFAULT_STOP and self.session.template().is_default
 
     def _options(
-        self, reuse: bool, require_reuse: bool, cancel: threading.Event | None, progress: Progress | None
+        self,
+        reuse: bool,
+        require_reuse: bool,
+        cancel: threading.Event | None,
+        progress: Progress | None,
+        *,
+        exact: bool = False,
     ) -> RunOptions:
         from kvloom.run import RunOptions
 
-        return RunOptions(reuse, require_reuse, cancel, progress)
+        return RunOptions(reuse, require_reuse, exact, cancel, progress)
 
     def _go_on(
         self,

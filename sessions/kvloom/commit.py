@@ -17,10 +17,13 @@ from kvloom_store.turns import Turn, TurnState
 from kvloom_store.writer import Handle
 
 if TYPE_CHECKING:
+    import threading
+
     import sqlalchemy as sa
     import torch
 
-    from kvloom.live import Link
+    from kvloom.engine import Progress
+    from kvloom.live import Link, LiveState
     from kvloom.loom import KVLoom
     from kvloom_proto.records import LayerSpec, Schedule
     from kvloom_store.rows import Captured
@@ -85,12 +88,13 @@ class Commits:
     """Commits one turn after another, and moves a branch on to each of them; a branch that is a name is made first.
 
     ``branch`` is where that has got to, ``notices`` what the user should be told. ``reuse=False``: what is committed
-    is a variant, whose state is not stored.
+    is a variant, whose state is not stored; ``again``: one of a state that was dropped, which is stored in its place.
     """
 
-    def __init__(self, loom: KVLoom, branch: BranchRow | NewBranch, *, reuse: bool = True) -> None:
+    def __init__(self, loom: KVLoom, branch: BranchRow | NewBranch, *, reuse: bool = True, again: bool = False) -> None:
         self._loom = loom
         self._reuse = reuse
+        self._again = again
         self._branch = branch
         self.notices: list[str] = []
 
@@ -156,7 +160,7 @@ class Commits:
             provenance=segments.add_provenance(conn, loom.engine.provenance()),
             hidden=hidden_bytes(hidden) if hidden is not None else None,
             hidden_dtype=dtype_name(hidden.dtype) if hidden is not None else None,
-            variant=not self._reuse,
+            variant=self._again or not self._reuse,
             scores=_packed(new, len(ids) - start),
         )
         return turn, state
@@ -221,6 +225,31 @@ def commit_all(
         if addition.held is not None:
             commits._hand_over(addition.held, state)
     return made
+
+
+def compute_anew(
+    loom: KVLoom,
+    branch: BranchRow | NewBranch,
+    turn: Turn,
+    tip: TurnState,
+    ids: Sequence[int],
+    live: LiveState,
+    *,
+    cancel: threading.Event | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """Compute what is not held of the state of a turn (``tip``) that was dropped, and store it as a variant of it:
+    whoever goes on from that turn later finds it. ``ids`` begin with its tokens; how many were run.
+
+    Raises Cancelled; nothing is stored then.
+    """
+    start, engine = live.length, loom.engine
+    if start >= tip.state_end:
+        return 0
+    engine.prefill(live, ids[start : tip.end], cancel=cancel, progress=progress)
+    commits = Commits(loom, branch, again=True)  # the branch stays where it is: the turn is there
+    commits.add(turn, None, tip, ids[: tip.end], tip.start, live, list(engine.passes(start, tip.end)))
+    return tip.end - start
 
 
 def _packed(new: NewTurn | Turn, tokens: int) -> bytes | None:

@@ -5,7 +5,8 @@ KVLoomError                 catch-all: .hint says what to do next, .exit_code is
                             ChecksumMismatch
   StoreError       20       database: NotAStore, StoreUnavailable, StoreLocked, SchemaTooNew,
                             CorruptRow, RefNotFound, RefExists, RefConflict, RemovedMeanwhile,
-                            InvalidName, InvalidQuery, AnotherSession
+                            InvalidName, InvalidQuery, AnotherSession,
+                            StateDropped, NoRoom
   EngineError      30       model: ModelNotFound, ModelMismatch, UnsupportedModel, UnsupportedInput,
                             ContextOverflow
   SessionError     40       use: InvalidText, NothingToDo, ReuseRequired, Closed
@@ -28,12 +29,14 @@ from kvloom_store.errors import (
     CorruptRow,
     InvalidName,
     InvalidQuery,
+    NoRoom,
     NotAStore,
     RefConflict,
     RefExists,
     RefNotFound,
     RemovedMeanwhile,
     SchemaTooNew,
+    StateDropped,
     StoreError,
     StoreLocked,
     StoreUnavailable,
@@ -54,6 +57,7 @@ __all__ = [
     "LimitExceeded",
     "ModelMismatch",
     "ModelNotFound",
+    "NoRoom",
     "NotABundle",
     "NotAStore",
     "NothingToDo",
@@ -64,6 +68,7 @@ __all__ = [
     "ReuseRequired",
     "SchemaTooNew",
     "SessionError",
+    "StateDropped",
     "StoreError",
     "StoreLocked",
     "StoreUnavailable",

@@ -171,6 +171,11 @@ def _not_held(tree: _Tree, seen: Outlook) -> Finding | None:
         advice = "nothing: it is run again when it is needed, and held from then on"
         return Finding("state not held", f"{where} is not held: it was never written, or is incomplete", advice)
     lacking = seen.known - seen.reused - seen.replayed
+    if lacking > 1 and seen.dropped:
+        advice = (
+            "nothing: it is computed anew when it is needed; --exact runs it again just as it was, which takes longer"
+        )
+        return Finding("state not held", f"the state of {lacking} tokens was dropped to make room", advice)
     if lacking > 1:
         detail = f"{lacking} tokens are known, but no state of theirs is there to go on from"
         return Finding("state not held", detail, "nothing: it is computed when it is needed")

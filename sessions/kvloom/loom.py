@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from kvloom.resume import Resumer
     from kvloom_store.bundle_in import Imported
     from kvloom_store.fsck import Report
+    from kvloom_store.gc import Collected
     from kvloom_store.journal import Kept
+    from kvloom_store.quota import Limits
     from kvloom_store.search import Hits
     from kvloom_store.writer import Writer
 
@@ -322,6 +325,55 @@ class KVLoom:
         with self.database.write() as conn:
             removal.remove_session(conn, refs.get_session(conn, name).row)
 
+    def gc(
+        self,
+        max_bytes: int | None = None,
+        *,
+        keep_branches: bool = False,
+        dry_run: bool = False,
+        agree: Callable[[Collected], bool] | None = None,
+        cancel: threading.Event | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Collected:
+        """Drop state until at most ``max_bytes`` of it are left; what was said stays, and can be gone on with.
+
+        What is worth least goes first: seconds that it saves for each byte, as measured here. None: the store's quota,
+        or, if it has none, only what no turn reaches. Pinned state stays; with ``keep_branches`` all that branches and
+        tags lead to. ``dry_run`` only tells; ``agree`` is told the same before anything goes, and may say no. Stopped
+        by ``cancel``, it has dropped a part. ``progress`` is called with bytes dropped so far, and in all.
+
+        Raises StoreUnavailable, StoreLocked.
+        """
+        from kvloom_store import gc, quota
+
+        self.flush()
+        if max_bytes is None:
+            with self.database.read() as conn:
+                max_bytes = quota.read(conn).max_state
+        return gc.collect(
+            self.database,
+            max_bytes,
+            keep_named=keep_branches,
+            dry_run=dry_run,
+            agree=agree,
+            cancelled=cancel.is_set if cancel is not None else None,
+            progress=progress,
+        )
+
+    def quota(self) -> Limits:
+        """How much room state may take in this store."""
+        from kvloom_store import quota
+
+        with self.database.read() as conn:
+            return quota.read(conn)
+
+    def set_quota(self, limits: Limits) -> None:
+        """Set how much room state may take: it is kept with the store, and looked at whenever state is written."""
+        from kvloom_store import quota
+
+        with self.database.write() as conn:
+            quota.put(conn, limits)
+
     def lookup(self, ids: Sequence[int]) -> tuple[DynamicCache, int]:
         """A transformers cache that holds the longest stored prefix of ``ids``, and its length; see ``kvloom.loop``."""
         from kvloom import loop
@@ -365,6 +417,10 @@ class KVLoom:
             fixed["clock"],
         )
         return given.digest != str(fixed["template_digest"])
+
+    def notices(self) -> list[str]:
+        """What the user should be told of what was written behind, and was not told with a reply yet."""
+        return self.writer.notices() if "writer" in self.__dict__ else []
 
     def flush(self) -> None:
         """Wait until all state is stored. Raises StoreError if some could not be; the turns are safe."""

@@ -3,7 +3,8 @@
 The state at a turn is the one its own segment holds, never another computation of the same tokens. What is in
 memory already is kept as far as it belongs to the same segments; the rest is read from the store. If state was
 never stored (a crash before it was written behind, a variant) or is damaged, the recorded passes are run
-again on top of the state they ran on, which gives the same bits.
+again on top of the state they ran on, which gives the same bits. State that was dropped to make room comes back so only
+if that is asked for; otherwise its tokens are computed anew, on top of whatever is held of them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from kvloom.prefetch import Prefetch
 from kvloom_proto.records import LayerKind, Schedule
 from kvloom_store import healing, held, planner, restore, segments, trie, turns
 from kvloom_store.database import Database
+from kvloom_store.errors import StateDropped
 from kvloom_store.planner import StateDamaged, StateInexact
 from kvloom_store.rows import Captured, RowBuffer
 from kvloom_store.turns import TurnState
@@ -82,17 +84,23 @@ class Resumer:
         ``tip`` is the state that must be gone on from: ``ids`` begin with its tokens, or with some of them and end
         there. None takes whatever is held of ``ids``. ``room`` tokens more will be run. If all of ``ids`` is held,
         ``live.hidden`` is set, unless no ``logits`` are wanted; where no hidden state is kept of the last token, that
-        token is left to be run. ``whole``: load all rows of windows, not only those that are still seen. ``exact``:
-        replay what is held with loss only.
+        token is left to be run. ``whole``: load all rows of windows, not only those that are still seen.
+
+        Where the state of ``tip`` was dropped, it is gone on from whatever is held of ``ids``, and the rest is left to
+        be computed anew. ``exact``: what was dropped, and what is held with loss only, is run again as it is recorded,
+        which gives the same bits.
 
         Raises:
             ReuseRequired: ``require_reuse``, and something would have to be replayed.
         """
-        began, account = time.perf_counter(), Account(whole=whole, exact=exact)
+        began, account = time.perf_counter(), Account(whole=whole, exact=exact, notices=self.writer.notices())
         live = self._live(len(ids) + room)
         if self._ahead is not None and self._ahead.plan is not None:
             _count(account, self._ahead.plan.rows, self._ahead.plan.windows, self._ahead.bytes_read)
             self._ahead = None
+        self._let_go_of_dropped(live, account)
+        if tip is not None:
+            tip = self._gone_on_from(live, tip, min(tip.state_end, len(ids)), exact, require_reuse)
         if tip is not None:
             upto = min(tip.state_end, len(ids))
             known = tip.hidden if upto == tip.state_end else None
@@ -102,7 +110,7 @@ class Resumer:
             if known is not None and tip.hidden_dtype and live.hidden is None:
                 live.hidden = hidden_tensor(known, tip.hidden_dtype, self.engine.device)
         self._load_more(live, ids, tip, account, logits, cancel, progress)
-        account.reused = live.length - account.replayed
+        account.reused = max(0, live.length - account.replayed)  # more may have been run again than was kept
         account.lossy = sum(link.end - link.start for link in live.chain if link.lossy)
         if account.lossy:
             account.notices.append(
@@ -192,6 +200,32 @@ class Resumer:
             self.live.truncate(self.live.captured)
         self.live.reserve(min(tokens, self.engine.context_limit))
         return self.live
+
+    def _let_go_of_dropped(self, live: LiveState, account: Account) -> None:
+        """Forget the live state if another process, or our own quota, has dropped what it stands on meanwhile."""
+        last = next((link.handle for link in reversed(live.chain) if link.handle.segment is not None), None)
+        lost = any(isinstance(link.handle.error, StateDropped) for link in live.chain)
+        if not lost and last is not None and last.segment is not None:  # what that stands on is there if it is
+            with self.database.read() as conn:
+                lost = bool(segments.missing(conn, [last.segment]))
+        if lost:
+            self._flush(live, account)
+            live.truncate(0)
+
+    def _gone_on_from(
+        self, live: LiveState, tip: TurnState, upto: int, exact: bool, require_reuse: bool
+    ) -> TurnState | None:
+        """The state to bring back; None where it was dropped, and is to be computed anew. Raises ReuseRequired."""
+        if _holds(live, tip, upto):
+            return tip
+        with self.database.read() as conn:
+            if exact:
+                return turns.original_of(conn, tip)
+            if not turns.must_be_fresh(conn, turns.state(conn, tip.row), upto):
+                return tip
+        if require_reuse:
+            raise ReuseRequired(0, upto)
+        return None
 
     def _bring_back(
         self,

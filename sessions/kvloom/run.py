@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvloom.commit import Addition, Commits, commit_all
+from kvloom.commit import Addition, Commits, commit_all, compute_anew
 from kvloom.engine import Cancelled, Progress
 from kvloom.errors import SessionError
 from kvloom.journal import Journal
@@ -40,6 +40,7 @@ class RunOptions:
 
     reuse: bool = True
     require_reuse: bool = False
+    exact: bool = False
     cancel: threading.Event | None = None
     progress: Progress | None = None
 
@@ -107,7 +108,8 @@ class Run:
         began = time.perf_counter()
         try:
             live, account = self._bring_back()
-            account.seconds = time.perf_counter() - began  # waiting for what is read ahead counts, too
+            # Waiting for what is read ahead counts, too; computing anew what was dropped does not.
+            account.seconds = time.perf_counter() - began - self._prefilled
         except (Cancelled, KeyboardInterrupt) as error:
             turn = self._keep_message()
             self._finish(turn, "", INTERRUPTED, Account(), (), began, None, 0.0)
@@ -236,14 +238,30 @@ class Run:
             return resumer.start_anew(len(self._ids) + room), Account()
         # Where the template rewrote history, the parent's state is not a beginning of this path any more.
         tip = self._tip if self._tip is None or self._kept >= self._tip.state_end else None
-        return resumer.resume(
+        options = self._options
+        live, account = resumer.resume(
             self._ids,
             tip,
             room=room,
-            require_reuse=self._options.require_reuse,
-            cancel=self._options.cancel,
-            progress=self._options.progress,
+            require_reuse=options.require_reuse,
+            exact=options.exact,
+            cancel=options.cancel,
+            progress=options.progress,
         )
+        if tip is not None and self._parent is not None and self._kept >= tip.end:
+            began, there = time.perf_counter(), self._commits.branch
+            self._computed = compute_anew(
+                self._loom,
+                there,
+                self._parent,
+                tip,
+                self._ids,
+                live,
+                cancel=options.cancel,
+                progress=options.progress,
+            )
+            self._prefilled = time.perf_counter() - began if self._computed else 0.0
+        return live, account
 
     def _keep_message(self) -> Turn | None:
         """Stopped while state was being replayed: the message is kept, its tokens are pending."""
@@ -279,8 +297,8 @@ class Run:
             )
         finally:
             passes += [p for p in self._engine.passes(start, len(self._ids)) if p[1] <= live.length]
-            self._computed = live.length - start
-            self._prefilled = time.perf_counter() - began
+            self._computed += live.length - start
+            self._prefilled += time.perf_counter() - began
 
     def _stream(self) -> TextStream:
         before = self._ids[-64:] if self._continues else ()

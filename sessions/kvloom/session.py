@@ -14,7 +14,7 @@ from kvloom.branch import Branch
 from kvloom.errors import NothingToDo, RefNotFound
 from kvloom_proto.codecs import AUTO
 from kvloom_proto.scores import TokenScore, read_scores
-from kvloom_store import cut, explorations, refs, spans, trie, turns
+from kvloom_store import cut, explorations, pins, refs, spans, trie, turns
 from kvloom_store.names import MAIN, Ref, parse_ref
 from kvloom_store.refs import SessionRow
 from kvloom_store.spans import Span
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from kvloom.bundles import Exported
     from kvloom.compact import Compaction
     from kvloom.cost import Prices, SessionCost
+    from kvloom.dropped import Dropped
     from kvloom.engine import Progress
     from kvloom.explore.search import Search
     from kvloom.loom import KVLoom
@@ -45,7 +46,8 @@ if TYPE_CHECKING:
 class TreeTurn:
     """A turn as ``log`` and ``tree`` show it; ``branches`` and ``tags`` are the names that point at it.
 
-    ``score`` is what a search gave it; ``cut``: it is the beginning of another turn, up to a token that was named.
+    ``score`` is what a search gave it; ``cut``: it is the beginning of another turn, up to a token that was named;
+    ``pinned``: its state is never dropped.
     """
 
     id: str
@@ -60,6 +62,7 @@ class TreeTurn:
     continues: bool
     created: int
     cut: bool = False
+    pinned: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The object ``--json`` prints."""
@@ -216,7 +219,8 @@ class Session:
     def missing(self, at: str | None = None, *, verify: bool = False, exact: bool = False) -> Missing:
         """What of the state down to a ref is missing, and ``warm`` would compute; ``verify`` reads what is stored.
 
-        ``exact``: state that was stored with loss, or follows from such state, counts as missing.
+        ``exact``: state that was stored with loss, or follows from such state, counts as missing, and what was dropped
+        is to be run again as it was.
         """
         from kvloom.warm import missing
 
@@ -232,8 +236,9 @@ class Session:
     ) -> Added:
         """Compute what is missing of the state down to a ref, and store it; what is there is read, and so checked.
 
-        ``exact``: state that was stored with loss, or follows from such state, counts as missing. Stopped by
-        ``cancel``, it keeps what was done. Raises ModelMismatch, EngineError, StoreError.
+        What was dropped is computed anew. ``exact``: it is run again just as it was first, and so is what was stored
+        with loss, or follows from such state. Stopped by ``cancel``, it keeps what was done. Raises ModelMismatch,
+        EngineError, StoreError.
         """
         from kvloom.warm import warm
 
@@ -337,6 +342,31 @@ class Session:
         with self._settled(ref) as (conn, turn):
             assert turn is not None
             refs.add_tag(conn, self._row.row, name, turn)
+
+    def pin(self, at: str | None = None) -> bool:
+        """Have the state of the turn at a ref, and of those before it, never dropped; False if that was so already.
+
+        Raises RefNotFound, NothingToDo.
+        """
+        ref = self.ref(at)
+        if self._loom.resolve(ref).turn is None:
+            raise NothingToDo("there is no turn to pin yet")
+        with self._settled(ref) as (conn, turn):
+            assert turn is not None
+            return pins.add(conn, turn)
+
+    def unpin(self, at: str | None = None) -> bool:
+        """Take the pin of the turn at a ref away; False if it had none. Raises RefNotFound."""
+        ref = self.ref(at)
+        with self._loom.database.write() as conn:
+            turn = refs.resolve(conn, ref).turn
+            return turn is not None and pins.remove(conn, turn)
+
+    def dropped(self, at: str | None = None) -> Dropped:
+        """What of the state down to a ref was dropped, and what bringing it back takes; no model is needed."""
+        from kvloom.dropped import dropped
+
+        return dropped(self, self._loom.resolve(self.ref(at)).turn)
 
     def tree(self) -> list[TreeTurn]:
         """Every turn, oldest first: parents come before their children."""
@@ -465,7 +495,7 @@ class Session:
 
     def _described(self, conn: Any, shown: Sequence[Turn]) -> list[TreeTurn]:
         ids = {turn.row: turn.id for turn in shown}
-        scores = explorations.scores(conn, self._row.row)
+        scores, pinned = explorations.scores(conn, self._row.row), pins.pinned(conn, self._row.row)
         lengths: dict[int, int] = {}
         for row, start, end in turns.token_counts(conn, self._row.row):
             lengths.setdefault(row, end - start)
@@ -490,6 +520,7 @@ class Session:
                 continues=turn.continues,
                 created=turn.created,
                 cut=cut.is_cut(turn),
+                pinned=turn.row in pinned,
             )
             for turn in shown
         ]

@@ -61,6 +61,8 @@ def labels(turn: TreeTurn) -> list[str]:
         notes.append(f"({turn.finish_reason})")
     if turn.cut:
         notes.append("(cut)")
+    if turn.pinned:
+        notes.append("(pinned)")
     return notes
 
 

@@ -123,4 +123,4 @@ def cost_of(steps: Sequence[Step], held: int, replayed: int = 0) -> Cost:
         here = min(here, part[0].start) if number else here
         computed += max(0, part[-1].end - here)
         here = max(here, part[-1].end)
-    return Cost(held - replayed, replayed, computed)
+    return Cost(max(0, held - replayed), replayed, computed)  # of a turn left in its middle, more is run than kept

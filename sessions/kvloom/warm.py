@@ -42,7 +42,8 @@ class _Cold:
     """A path as far as warming is concerned: its ``pending`` turns, whose state does not reach their end, and the turns
     ``before`` them. ``tip`` is the state to go on from, ``ids`` are the tokens of the path before those turns.
 
-    Of the pending turns, ``known`` are the steps; the others are there as text alone.
+    Of the pending turns, ``known`` are the steps; the others are there as text alone. ``again``: the one that is
+    pending has a state, which was dropped.
     """
 
     before: list[Turn]
@@ -51,18 +52,20 @@ class _Cold:
     tip: TurnState | None
     ids: list[int]
     known: list[Step]
+    again: bool
 
 
 def missing(session: Session, turn: int | None, *, verify: bool = False, exact: bool = False) -> Missing:
     """What is missing of the state down to a turn (its row). It needs no model.
 
-    ``verify`` reads what is stored, and so finds what is damaged; ``exact``: what is lossy counts as missing.
+    ``verify`` reads what is stored, and so finds what is damaged. ``exact``: what is lossy counts as missing, and what
+    was dropped is to be as it was.
     """
     with session.loom.database.read() as conn:
         root = _root(conn, turn)
         if root is None:
             return Missing(Cost(), sum(each.role != "system" for each in turns.path_to(conn, turn)))
-        return _missing(conn, root, _cold(conn, root, turn), verify, exact)
+        return _missing(conn, root, _cold(conn, root, turn, exact), verify, exact)
 
 
 def warm(
@@ -76,7 +79,8 @@ def warm(
 ) -> Added:
     """Compute what is missing of the state down to a turn, and store it; returns when it is stored.
 
-    ``name`` is how the report calls the point. ``exact``: what is lossy is replayed, and stored exactly again.
+    ``name`` is how the report calls the point. What was dropped is computed anew. ``exact``: it is run again as it was,
+    and what is lossy is replayed, and stored exactly again.
     Stopped by ``cancel``, it keeps every turn that was replayed and every pass of those that were computed.
 
     Raises:
@@ -93,7 +97,7 @@ def warm(
     root = loom.root
     loom.flush()
     with loom.database.read() as conn:
-        cold = _cold(conn, root, turn)
+        cold = _cold(conn, root, turn, exact)
         branch = refs.branches(conn, session.row.row)[0]  # none is moved: the turns are there
     steps, parent = _steps(session, cold), cold.before[-1] if cold.before else None
     added = Added(session.name, name, parent.id if parent else "", 0, 0, Tokens(), 0.0)
@@ -102,7 +106,8 @@ def warm(
         if cold.tip is not None and (exact or not steps):
             added = replace(added, **_brought_back(loom, cold.ids, cold.tip, exact, cancel, progress))
         if steps:
-            append = Append(loom, Commits(loom, branch), parent, cold.tip, cold.ids, cancel=cancel, progress=progress)
+            commits = Commits(loom, branch, again=cold.again)
+            append = Append(loom, commits, parent, cold.tip, cold.ids, exact=exact, cancel=cancel, progress=progress)
             replayed, added = added.tokens.replayed, append.run(session.name, steps)
             added = replace(added, tokens=replace(added.tokens, replayed=added.tokens.replayed + replayed))
     loom.flush()
@@ -136,7 +141,7 @@ def _root(conn: sa.Connection, turn: int | None) -> int | None:
     return states[-1].root if states else None
 
 
-def _cold(conn: sa.Connection, root: int, turn: int | None) -> _Cold:
+def _cold(conn: sa.Connection, root: int, turn: int | None, exact: bool) -> _Cold:
     path, states = path_to(conn, turn, root)
     count = next((n for n in range(len(path), 0, -1) if _is_whole(path[n - 1], states)), 0)
     tip = states[path[count - 1].row] if count else None
@@ -147,7 +152,12 @@ def _cold(conn: sa.Connection, root: int, turn: int | None) -> _Cold:
         tip = own
     written = itertools.takewhile(lambda each: each.row in states, pending)
     known = [Step(each, states[each.row].start, tuple(states[each.row].tokens)) for each in written]
-    return _Cold([each for each in path if each not in pending], pending, states, tip, ids, known)
+    again = tip is not None and not pending and not exact and turns.must_be_fresh(conn, tip, tip.state_end)
+    if again and tip is not None:
+        pending, known = path[-1:], [Step(path[-1], tip.start, tuple(tip.tokens))]
+    elif exact and tip is not None:
+        tip = turns.original_of(conn, tip)
+    return _Cold([each for each in path if each not in pending], pending, states, tip, ids, known, again)
 
 
 def _is_whole(turn: Turn, states: Mapping[int, TurnState]) -> bool:

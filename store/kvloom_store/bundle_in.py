@@ -340,7 +340,7 @@ class _Import:
         row = checked(turn_state, self._conn.execute(sa.select(turn_state).where(turn_state.c.id == here.row)).one())
         changes: dict[str, Any] = {}
         if here.segment is None and segment is not None:
-            changes |= {"segment": segment, "base_segment": base_segment}
+            changes |= {"segment": segment, "base_segment": base_segment, "dropped": 0}
         if here.hidden is None and record.hidden is not None:
             changes |= {"hidden": record.hidden, "hidden_dtype": record.hidden_dtype}
         if changes:

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from kvloom_proto.records import Schedule
 from kvloom_proto.scores import pack_scores, read_scores
 from kvloom_store import fulltext, trie, turns
-from kvloom_store.schema import branch, tag, turn, turn_state
+from kvloom_store.schema import branch, pin, tag, turn, turn_state
 from kvloom_store.turns import Turn, TurnState
 
 CUT_FROM = "cut_from"
@@ -91,6 +91,7 @@ def discard(conn: sa.Connection, row: int) -> None:
         sa.select(turn.c.id).where(turn.c.parent == row),
         sa.select(branch.c.id).where(branch.c.turn == row),
         sa.select(tag.c.id).where(tag.c.turn == row),
+        sa.select(pin.c.id).where(pin.c.turn == row),
         sa.select(turn_state.c.id).where(
             turn_state.c.base_state.in_(sa.select(turn_state.c.id).where(turn_state.c.turn == row))
         ),

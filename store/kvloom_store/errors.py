@@ -111,6 +111,21 @@ class RemovedMeanwhile(StoreError):
         )
 
 
+class StateDropped(StoreError):
+    """The state that other state stands on was dropped meanwhile, to make room."""
+
+    def __init__(self, segment: int) -> None:
+        super().__init__(
+            "state could not be stored: what it stands on was dropped meanwhile, to make room",
+            hint="nothing needs to be done: it is computed anew when it is needed",
+        )
+        self.segment = segment
+
+
+class NoRoom(StoreError):
+    """State is not stored: it would be over the store's quota, or too little is free on the disk."""
+
+
 class InvalidQuery(StoreError):
     """A search for no word at all, or in a syntax that is not FTS5's."""
 

@@ -26,7 +26,9 @@ def heal(database: Database, source: Captured, segment_id: int, draft: segments.
     reads it any more.
     """
     with database.write() as conn:
-        row = conn.execute(sa.select(segment).where(segment.c.id == segment_id)).one()
+        row = conn.execute(sa.select(segment).where(segment.c.id == segment_id)).one_or_none()
+        if row is None:  # it was dropped meanwhile
+            return False
         try:
             values = checked(segment, row)
             manifest = read_manifest(values["manifest"])

@@ -21,10 +21,11 @@ from kvloom_store.turns import TurnState
 @dataclass(frozen=True, slots=True)
 class Outlook:
     """Of some tokens ``known`` ones stand in the trie, ``reused`` ones are loaded, ``replayed`` ones are run again as
-    recorded.
+    recorded. ``held`` will be there without computing anything new.
 
     ``one_by_one`` of the replayed ones are run one a pass. ``missing`` are the turn states whose own is not held, the
-    newest first. ``gone``: state further down is not held either, and nothing says how it was computed.
+    newest first. ``gone``: state further down is not held either, and nothing says how it was computed. ``dropped``:
+    the state of the tip was dropped, so that what is not held of its tokens is computed anew.
     """
 
     known: int = 0
@@ -33,11 +34,8 @@ class Outlook:
     one_by_one: int = 0
     missing: tuple[int, ...] = ()
     gone: bool = False
-
-    @property
-    def held(self) -> int:
-        """How many tokens will be there without computing anything new."""
-        return self.reused + self.replayed
+    dropped: bool = False
+    held: int = 0
 
 
 def of_tokens(
@@ -55,9 +53,12 @@ def of_tokens(
 
     ``ids`` begin with the tip's tokens, or are the first of them. ``grid`` cuts passes that nobody recorded.
     ``logits``: the run needs those of the last token. ``verify`` reads the state of the tip, and so finds what is
-    damaged; ``exact``: what is held of it with loss only is as good as missing.
+    damaged. ``exact``: what was dropped, or is held with loss only, is to be run again as recorded.
     """
     match = trie.match(conn, root, ids)
+    tip = turns.original_of(conn, tip) if exact and tip is not None else tip
+    dropped = tip is not None and not exact and turns.must_be_fresh(conn, tip, _wanted(tip, ids, logits))
+    tip = None if dropped else tip
     length, plan, gone = 0, None, False
     missing: list[TurnState] = []
     if tip is not None:
@@ -70,7 +71,9 @@ def of_tokens(
         steps += [each for state in missing for each in state.schedule.each()]
     replayed = sum(end - start for start, end in steps)
     singles = sum(end - start == 1 for start, end in steps)
-    return Outlook(match.known, length - replayed, replayed, singles, tuple(state.row for state in missing), gone)
+    lost = tuple(state.row for state in missing)
+    # Of a turn that was left in its middle, more is run again than is kept.
+    return Outlook(match.known, max(0, length - replayed), replayed, singles, lost, gone, dropped, held=length)
 
 
 def _wanted(tip: TurnState, ids: Sequence[int], logits: bool) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import sqlalchemy as sa
@@ -38,6 +38,53 @@ class Rates:
     replies: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What it takes to compute state on this machine: ``begin`` seconds for each run and ``token`` for each of its
+    tokens, and ``single`` for a token that is run alone, as those of replies are."""
+
+    begin: float
+    token: float
+    single: float
+
+    def prefill(self, tokens: float) -> float:
+        """Seconds of one run over so many tokens."""
+        return self.begin + self.token * tokens if tokens else 0.0
+
+    def exact(self, tokens: int, singly: int) -> float:
+        """Seconds of running recorded passes again, ``singly`` of whose tokens were run alone."""
+        return self.prefill(tokens - singly) + self.single * singly
+
+
+def pace(timed: Sequence[Turn]) -> Pace | None:
+    """The pace that some turns were computed at; None if none of them was timed.
+
+    A line through what the prefills took, by the least squares of relative errors: a short one is mostly its beginning,
+    a long one mostly its tokens, and which of them will have to be run again is not known.
+    """
+    points = [(float(turn.timings["tokens"]["computed"]), turn.timings["prefill"]) for turn in timed if _is_timed(turn)]
+    single = _single(timed)
+    if single is not None:
+        points.append((1.0, single))
+    if not points:
+        return None
+    begin, token = _line(points)
+    return Pace(begin, token, single if single is not None else begin + token)
+
+
+def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The line y = begin + token x, neither below zero, of least relative errors."""
+    scaled = [(1 / y, x / y) for x, y in points]
+    aa, ab, bb = sum(u * u for u, _ in scaled), sum(u * v for u, v in scaled), sum(v * v for _, v in scaled)
+    a, b = sum(u for u, _ in scaled), sum(v for _, v in scaled)
+    determinant = aa * bb - ab * ab
+    if determinant > 1e-9 * aa * bb:
+        begin, token = (a * bb - b * ab) / determinant, (b * aa - a * ab) / determinant
+        if begin >= 0 and token > 0:
+            return begin, token
+    return 0.0, b / bb
+
+
 def prefill(timed: Iterable[Turn]) -> Speed:
     """Prefill as it was timed: by long ones if there are any, since short ones take as long as a few more tokens do."""
     pairs = [(turn.timings["tokens"]["computed"], turn.timings["prefill"]) for turn in timed if _is_timed(turn)]
@@ -54,6 +101,20 @@ def _is_timed(turn: Turn) -> bool:
 
 def of_root(conn: sa.Connection, root: int, cpu: str) -> Rates:
     """The rates of a model's last turns that were computed on a CPU of this kind."""
+    said = last_turns(conn, root, cpu)
+    spoken, single = _replies(said), _single(said)
+    return Rates(prefill(said), 1 / single if single else None, len(spoken))
+
+
+def last_turns(conn: sa.Connection, root: int, cpu: str | None = None) -> list[Turn]:
+    """A model's last turns that were computed on a CPU of this kind; None: of the kind of the very last one.
+
+    That is known without torch, and where a store is used at all, it is this machine.
+    """
+    if cpu is None:
+        newest = sa.select(turn_state.c.provenance).where(turn_state.c.root == root).order_by(turn_state.c.id.desc())
+        row = conn.execute(newest.limit(1)).scalar_one_or_none()
+        cpu = provenance_of(conn, row).cpu_capability if row is not None else ""
     seen = conn.execute(sa.select(provenance.c.id)).scalars().all()
     here = [row for row in seen if provenance_of(conn, row).cpu_capability == cpu]
     query = (
@@ -63,11 +124,19 @@ def of_root(conn: sa.Connection, root: int, cpu: str) -> Rates:
         .order_by(turn_state.c.id.desc())
         .limit(LAST)
     )
-    said = [turns.get(conn, row) for row in dict.fromkeys(conn.execute(query).scalars())]
+    return [turns.get(conn, row) for row in dict.fromkeys(conn.execute(query).scalars())]
+
+
+def _single(said: Sequence[Turn]) -> float | None:
+    """Seconds that a token of a reply took, on average; None if no reply was timed."""
+    spoken = _replies(said)
+    return sum(taken for _, taken in spoken) / sum(tokens for tokens, _ in spoken) if spoken else None
+
+
+def _replies(said: Sequence[Turn]) -> list[tuple[int, float]]:
+    """Of replies, how many tokens, and in how many seconds."""
     # A reply that was chosen from some, or decoded beside others, was not generated one token after another.
-    spoken = [pair for pair in map(_spoken, said) if pair[0] and pair[1] > 0]
-    tokens, taken = sum(pair[0] for pair in spoken), sum(pair[1] for pair in spoken)
-    return Rates(prefill(said), tokens / taken if taken else None, len(spoken))
+    return [pair for pair in map(_spoken, said) if pair[0] and pair[1] > 0]
 
 
 def _spoken(said: Turn) -> tuple[int, float]:

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from kvloom_store import explorations, fulltext, segments, turns
 from kvloom_store.checksum import checked, update
 from kvloom_store.errors import CorruptRow
-from kvloom_store.schema import branch, journal, node, segment, session, tag, turn, turn_state
+from kvloom_store.schema import branch, journal, node, pin, segment, session, tag, turn, turn_state
 
 BATCH = 500
 """Ids in one query."""
@@ -33,6 +33,7 @@ def remove_session(conn: sa.Connection, session_row: int) -> None:
     _remove_text(conn, session_row)
     for table in (branch, tag):
         conn.execute(table.delete().where(table.c.session == session_row))
+    conn.execute(pin.delete().where(pin.c.turn.in_(mine)))
     # Children before parents: foreign keys are checked row by row.
     for table, owned in ((turn_state, states), (turn, turn.c.session == session_row)):
         rows = conn.execute(sa.select(table.c.id).where(owned).order_by(table.c.id.desc())).scalars().all()

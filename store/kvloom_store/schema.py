@@ -174,6 +174,7 @@ turn_state = _table(
     _bytes("hidden", nullable=True),
     _text("hidden_dtype", nullable=True),
     _int("variant"),
+    _int("dropped"),
     _int("created"),
     _bytes("scores", nullable=True),
 )
@@ -254,5 +255,7 @@ tag = _table(
 )
 """A name that does not move."""
 
+pin = _table("pin", _id(), _ref("turn", "turn"), _int("created"), UniqueConstraint("turn", name="pin_turn"))
+"""A turn whose state is never dropped, nor that of the turns before it."""
 quarantine = _table("quarantine", _id(), _text("of"), _bytes("cells"), _bytes("why"), _int("created"))
 """Rows that a repair took out of use, as they were found: the table they were of, their cells and why (MessagePack)."""

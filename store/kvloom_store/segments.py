@@ -34,8 +34,9 @@ from kvloom_store import checksum, codec, trie
 from kvloom_store.checksum import checked, digest, insert, update
 from kvloom_store.codec import Buffer
 from kvloom_store.database import Database, allocate, now_us
+from kvloom_store.errors import StateDropped
 from kvloom_store.rows import Captured
-from kvloom_store.schema import chunk, provenance, segment
+from kvloom_store.schema import chunk, provenance, segment, turn_state
 
 TRANSACTION_BYTES = 8 << 20
 """State written in one transaction: what a turn that commits meanwhile has to wait for."""
@@ -160,6 +161,9 @@ def write(
 
     ``finish(conn, segment)`` runs in the last transaction, so that whoever waits for the segment is linked to it
     in the moment it becomes visible. Memory: one chunk at a time.
+
+    Raises:
+        StateDropped: the segment it stands on is not there any more.
     """
     layers = expand(draft.layers)
     planned = plan(source, draft)
@@ -171,6 +175,8 @@ def write(
         if same is not None:
             finish(conn, same)
             return same
+        if draft.base_segment is not None and missing(conn, [draft.base_segment]):
+            raise StateDropped(draft.base_segment)
         new = _insert_incomplete(conn, draft, content)
     done = []
     for batch in batches(planned):
@@ -323,10 +329,21 @@ def delete(conn: sa.Connection, ids: list[int]) -> None:
     conn.execute(segment.delete().where(segment.c.id.in_(ids)))
 
 
+def missing(conn: sa.Connection, ids: Sequence[int]) -> set[int]:
+    """Which of some segments are not there (any more)."""
+    there = conn.execute(sa.select(segment.c.id).where(segment.c.id.in_(ids))).scalars()
+    return set(ids) - set(there)
+
+
 def sweep(conn: sa.Connection) -> None:
-    """Take away what a process that died while writing state has left."""
+    """Take away what a process that died while writing state has left.
+
+    What something names was whole once, and was marked by healing: it stays until nothing does.
+    """
     incomplete = segment.c.complete == sa.literal_column("0")  # spelled out: as a parameter it would not find its index
     stale = sa.select(segment.c.id).where(incomplete, segment.c.created < now_us() - ABANDONED_US)
     ids = list(conn.execute(stale).scalars())
     if ids:
-        delete(conn, ids)
+        names = (turn_state.c.segment, turn_state.c.base_segment, segment.c.base_segment)
+        named = {row for name in names for row in conn.execute(sa.select(name).where(name.in_(ids))).scalars()}
+        delete(conn, [each for each in ids if each not in named])

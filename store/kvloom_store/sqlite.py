@@ -84,7 +84,13 @@ def make_engine(path: Path, *, read_only: bool, synchronous: str, busy_ms: int) 
         connection.isolation_level = None  # we say BEGIN ourselves: pysqlite's own is deferred and late
         pragmas = [f"mmap_size={MMAP_BYTES}", "foreign_keys=ON", "trusted_schema=OFF", "cell_size_check=ON"]
         if not read_only:
-            pragmas += [f"page_size={PAGE_BYTES}", "journal_mode=WAL", f"synchronous={synchronous}"]
+            # Before the log: that writes the first page, which says whether a file can be made smaller.
+            pragmas += [
+                f"page_size={PAGE_BYTES}",
+                "auto_vacuum=INCREMENTAL",
+                "journal_mode=WAL",
+                f"synchronous={synchronous}",
+            ]
             # 64 MiB: a long prompt's state fits the log, and its pages are moved into the file in one go.
             pragmas += [f"wal_autocheckpoint={(64 << 20) // PAGE_BYTES}", "journal_size_limit=67108864"]
         for pragma in pragmas:
@@ -233,6 +239,22 @@ def cells_unchecked(conn: sa.Connection) -> Iterator[None]:
         yield
     finally:
         conn.exec_driver_sql("PRAGMA cell_size_check=ON").close()
+
+
+SHRINK_PAGES = 512
+"""Pages given back in one transaction: 8 MiB."""
+
+
+def shrink(conn: sa.Connection) -> bool:
+    """Give some free pages back to the disk (inside a write transaction); False if there is none, or the file was
+    made by a version that could not: free pages are then used again by what is stored next."""
+    free = conn.exec_driver_sql("PRAGMA freelist_count").scalar_one()
+    if not free or conn.exec_driver_sql("PRAGMA auto_vacuum").scalar_one() != 2:
+        return False
+    cursor = conn.connection.cursor()
+    for _ in range(min(free, SHRINK_PAGES)):  # Python's driver takes one step of a statement without columns: one page
+        cursor.execute("PRAGMA incremental_vacuum(1)")
+    return bool(conn.exec_driver_sql("PRAGMA freelist_count").scalar_one() < free)
 
 
 def file_bytes(path: Path) -> int:

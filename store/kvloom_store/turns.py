@@ -18,6 +18,7 @@ from kvloom_store import fulltext
 from kvloom_store.checksum import checked, insert, unpacked, update
 from kvloom_store.database import allocate, now_us
 from kvloom_store.errors import CorruptRow
+from kvloom_store.schema import segment as segment_table
 from kvloom_store.schema import turn, turn_state
 from kvloom_store.trie import Position, pack_tokens, unpack_tokens
 
@@ -58,7 +59,8 @@ class TurnState:
     ``tokens`` stand at positions [start, end) of the path that ends at ``position``. Their state was computed
     by ``schedule`` over positions [state_start, state_end), on top of ``base_state``'s segment (of another turn), or
     of ``base_segment``. state_end is end, or one less where the last token is pending. ``segment`` is None
-    until the state is stored. ``hidden`` is the final hidden state at state_end - 1, as raw little-endian bytes.
+    until the state is stored, and again when it has been ``dropped`` to make room.
+    ``hidden`` is the final hidden state at state_end - 1, as raw little-endian bytes.
     ``scores`` are what the model thought of ``tokens`` if it generated them, packed (``kvloom_proto.scores``).
     """
 
@@ -80,6 +82,7 @@ class TurnState:
     hidden_dtype: str | None
     variant: bool
     scores: bytes | None = None
+    dropped: bool = False
 
 
 def chained_digest(parent: bytes, message: Mapping[str, Any]) -> bytes:
@@ -228,7 +231,13 @@ def add_state(
     variant: bool = False,
     scores: bytes | None = None,
 ) -> TurnState:
-    """Note what a model made of a turn; ``segment`` comes later, with the state (``set_segment``)."""
+    """Note what a model made of a turn; ``segment`` comes later, with the state (``set_segment``).
+
+    A ``base_segment`` that another process has dropped meanwhile is left out: ``base_state`` says what that was.
+    """
+    query = sa.select(segment_table.c.id).where(segment_table.c.id == base_segment)
+    if base_segment is not None and conn.execute(query).first() is None:
+        base_segment = None
     values = {
         "id": allocate(conn, turn_state),
         "turn": turn_row,
@@ -248,6 +257,7 @@ def add_state(
         "hidden": hidden,
         "hidden_dtype": hidden_dtype,
         "variant": int(variant),
+        "dropped": 0,
         "created": now_us(),
         "scores": scores,
     }
@@ -275,6 +285,7 @@ def _state(values: Mapping[str, Any]) -> TurnState:
         values["hidden_dtype"],
         bool(values["variant"]),
         values["scores"],
+        bool(values["dropped"]),
     )
 
 
@@ -363,10 +374,44 @@ def set_segment(conn: sa.Connection, row: int, segment: int, base_segment: int |
     """Link a turn's state to the segment that now holds it."""
     found = conn.execute(sa.select(turn_state).where(turn_state.c.id == row)).one_or_none()
     if found is not None:  # the session may have been removed meanwhile
-        update(conn, turn_state, checked(turn_state, found), segment=segment, base_segment=base_segment)
+        changes = {"segment": segment, "base_segment": base_segment, "dropped": 0}
+        update(conn, turn_state, checked(turn_state, found), **changes)
 
 
 def with_segments(conn: sa.Connection, root: int) -> list[int]:
     """The rows of a model's turn states that name a segment, those of the first tokens first."""
     query = sa.select(turn_state.c.id).where(turn_state.c.root == root, turn_state.c.segment.is_not(None))
     return list(conn.execute(query.order_by(turn_state.c.state_end, turn_state.c.id)).scalars())
+
+
+def mark_dropped(conn: sa.Connection, row: int) -> None:
+    """Note that a turn's state is not kept, for want of room: it comes back fresh, unless it is asked for exactly."""
+    found = conn.execute(sa.select(turn_state).where(turn_state.c.id == row)).one_or_none()
+    if found is not None:
+        update(conn, turn_state, checked(turn_state, found), segment=None, dropped=1)
+
+
+def must_be_fresh(conn: sa.Connection, tip: TurnState, upto: int) -> bool:
+    """Whether the first ``upto`` tokens of a state can come back only by running again what was dropped.
+
+    What was merely never written (a crash, a variant) does not count: that is replayed as it is recorded.
+    """
+    at: TurnState | None = tip
+    while at is not None:
+        if upto > at.state_start:
+            if at.segment is not None:
+                return False
+            if at.dropped:
+                return True
+            upto = at.state_start
+        below = base_of(conn, at)
+        if below is None:
+            return upto > 0 and at.base_segment is None
+        at = below
+    raise AssertionError("unreachable: the loop ends where there is no base")
+
+
+def original_of(conn: sa.Connection, state: TurnState) -> TurnState:
+    """What a turn's model made of it first, where ``state`` is a variant of that; else the state itself."""
+    others = [each for each in states_of(conn, [state.turn]) if each.root == state.root and not each.variant]
+    return next((each for each in others if each.end == state.end), state) if state.variant else state

@@ -16,7 +16,8 @@ from kvloom_proto.errors import KVLoomError
 from kvloom_proto.records import LayerSpec, Schedule
 from kvloom_store import segments, turns
 from kvloom_store.database import Database
-from kvloom_store.errors import RemovedMeanwhile
+from kvloom_store.errors import NoRoom, RemovedMeanwhile, StateDropped
+from kvloom_store.quota import Room
 from kvloom_store.rows import Captured
 
 MAX_JOBS = 256
@@ -60,6 +61,13 @@ class Writer:
         self._closing = False
         self._error: KVLoomError | None = None
         self._thread: threading.Thread | None = None
+        self._room = Room(database)
+
+    def notices(self) -> list[str]:
+        """What the user should be told since this was last asked: what was dropped to make room, what is not stored."""
+        told = self._room.notices[:]
+        del self._room.notices[: len(told)]
+        return told
 
     def submit(self, job: Job) -> None:
         """Hand state over; returns at once unless MAX_JOBS are waiting."""
@@ -109,7 +117,8 @@ class Writer:
                 job.handle.error = error  # nobody is left who would want to know
             except KVLoomError as error:
                 job.handle.error = error
-                self._error = self._error or error
+                if not isinstance(error, NoRoom | StateDropped):  # not a failure: it was told, or need not be
+                    self._error = self._error or error
             finally:
                 del job  # the rows it held may be freed now
                 with self._changed:
@@ -117,6 +126,15 @@ class Writer:
                     self._changed.notify_all()
 
     def _store(self, job: Job) -> None:
+        try:
+            self._write(job)
+        except NoRoom:
+            if job.handle.state is not None:
+                with self.database.write(background=True) as conn:
+                    turns.mark_dropped(conn, job.handle.state)
+            raise
+
+    def _write(self, job: Job) -> None:
         if job.base is not None and job.base.segment is None:
             raise job.base.error or KVLoomError("state cannot be stored without the state it stands on")
         if job.handle.state is not None:
@@ -128,9 +146,16 @@ class Writer:
         draft = segments.Draft(
             job.node, job.start, job.end, base, job.layers, job.schedule, job.provenance, keyframes, job.lossy
         )
+        self._room.make(_most_bytes(job), base)
 
         def finish(conn: sa.Connection, segment: int) -> None:
             if job.handle.state is not None:
                 turns.set_segment(conn, job.handle.state, segment, base)
 
         job.handle.segment = segments.write(self.database, job.source, draft, codec_name=self.codec_name, finish=finish)
+
+
+def _most_bytes(job: Job) -> int:
+    """What a job's state takes uncompressed."""
+    chunks = segments.cut(job.layers, job.start, job.end, tuple(job.source.frames))
+    return sum(spec.raw_length for spec in chunks)

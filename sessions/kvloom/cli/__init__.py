@@ -28,6 +28,7 @@ from kvloom.cli import (
     fsck,
     manage,
     recode,
+    room,
     sample,
     search,
     show,
@@ -51,7 +52,10 @@ _SECTIONS = {
     "Talk": [chat.chat, talk.say, talk.continue_, talk.regenerate],
     "Branch": [manage.fork, edit.edit, compact.compact, manage.tag, manage.rename, manage.rm],
     "Explore": [sample.sample, explore.explore],
-    "State": [warm.warm, recode.recode, fsck.fsck, verify.verify],
+    "State": [
+        *(warm.warm, recode.recode, room.gc, room.pin, room.unpin, room.quota),
+        *(fsck.fsck, verify.verify),
+    ],
     "Move": [transfer.export, transfer.import_],
     "Look": [
         *(browse.browse, show.ls, show.branches, show.log, tree.tree, show.show),

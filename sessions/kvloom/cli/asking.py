@@ -12,6 +12,7 @@ from kvloom.shown import seconds
 
 if TYPE_CHECKING:
     from kvloom.report import Added, Cost
+    from kvloom.session import Session
 
 ASK_ABOVE = 2000
 """Tokens to run above which a command asks first."""
@@ -20,6 +21,43 @@ ASK_ABOVE = 2000
 def yes_option(command: F) -> F:
     """``--yes``."""
     return click.option("-y", "--yes", is_flag=True, help=f"Do not ask (it asks above {ASK_ABOVE:,} tokens).")(command)
+
+
+SAY_ABOVE = 2.0
+"""Seconds of bringing back dropped state from which they are told before."""
+
+
+def exact_option(command: F) -> F:
+    """``--exact``."""
+    return click.option(
+        "--exact", is_flag=True, help="Run state that was dropped, or stored with loss, again just as it was."
+    )(command)
+
+
+def tell_dropped(session: Session, at: str, *, exact: bool) -> None:
+    """Before a run: what bringing back state that was dropped takes, either way, where that is a wait.
+
+    Raises EngineError where it is to come back exactly, and nobody knows how.
+    """
+    from kvloom.errors import EngineError
+
+    lost = session.dropped(at)
+    if exact and not lost.possible:
+        raise EngineError(
+            "state was dropped, and what it stood on was removed: it cannot be run again just as it was",
+            hint="without --exact it is computed anew",
+        )
+    chosen = lost.exact_seconds if exact else lost.fresh_seconds
+    if not lost.fresh or (chosen is not None and chosen < SAY_ABOVE):
+        return
+    ways = [f"{lost.fresh:,} tokens anew{_about(lost.fresh_seconds)}"]
+    if lost.possible:
+        ways.append(f"{lost.exact:,} run again just as they were{_about(lost.exact_seconds)} with --exact")
+    dim(f"state was dropped here and comes back {'exactly' if exact else 'fresh'}: " + ", or ".join(ways))
+
+
+def _about(value: float | None) -> str:
+    return "" if value is None else f" in about {seconds(value)}"
 
 
 def told(cost: Cost) -> str:

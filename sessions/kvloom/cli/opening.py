@@ -260,5 +260,7 @@ def close(loom: KVLoom) -> None:
 
     try:
         loom.close()
+        for notice in loom.notices():
+            warn(notice)
     except KVLoomError as error:
         warn(f"some state could not be stored ({error}); what was said is safe, and is computed again when needed")

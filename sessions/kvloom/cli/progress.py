@@ -46,6 +46,11 @@ class Bars:
         if self._shown and time.monotonic() - self._began > PATIENCE:
             self._show(f"recoding {size(total)}", done / total)
 
+    def dropped(self, done: int, total: int) -> None:
+        """So many bytes of state have been dropped."""
+        if self._shown and time.monotonic() - self._began > PATIENCE:
+            self._show("dropping state", done / max(total, 1))
+
     def chosen(self, tokens: int) -> None:
         """So many more tokens were chosen, of several replies together."""
         self._chosen += tokens

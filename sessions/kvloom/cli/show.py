@@ -89,17 +89,29 @@ def branches(options: Options, session: str) -> None:
     for turn in turns:
         depth[turn.id] = 1 + (depth[turn.parent] if turn.parent else 0)
     tips = {name: turn for turn in turns for name in turn.branches}
-    listed = [_branch_json(name, tips.get(name), depth) for name in names]
+    covered: set[str | None] = set()  # a pin holds the turns before it, too
+    for turn in reversed(turns):
+        covered |= {turn.id, turn.parent} if turn.pinned or turn.id in covered else set()
+    pinned: dict[str | None, int] = {None: 0}
+    for turn in turns:
+        pinned[turn.id] = depth[turn.id] if turn.id in covered else pinned[turn.parent]
+    listed = [_branch_json(name, tips.get(name), depth, pinned) for name in names]
     if options.json:
         return print_json({"session": found.name, "branches": listed})
     rows = [[b["name"], short(b["turn"]), str(b["turns"]), preview(b["text"])] for b in listed]
-    return columns(rows, ["branch", "turn", "turns", "last said"])
+    if not any(b["pinned"] for b in listed):
+        return columns(rows, ["branch", "turn", "turns", "last said"])
+    rows = [[*row[:3], str(b["pinned"] or ""), row[3]] for row, b in zip(rows, listed, strict=True)]
+    return columns(rows, ["branch", "turn", "turns", "pinned", "last said"])
 
 
-def _branch_json(name: str, tip: TreeTurn | None, depth: dict[str, int]) -> dict[str, Any]:
+def _branch_json(
+    name: str, tip: TreeTurn | None, depth: dict[str, int], pinned: dict[str | None, int]
+) -> dict[str, Any]:
+    """A branch, and how many of its turns are ``pinned``: the state of those is never dropped."""
     if tip is None:
-        return {"name": name, "turn": None, "turns": 0, "text": ""}
-    return {"name": name, "turn": tip.id, "turns": depth[tip.id], "text": tip.text}
+        return {"name": name, "turn": None, "turns": 0, "pinned": 0, "text": ""}
+    return {"name": name, "turn": tip.id, "turns": depth[tip.id], "pinned": pinned[tip.id], "text": tip.text}
 
 
 @click.command(short_help="Show a conversation from its beginning to a point.")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvloom.cli.asking import exact_option, tell_dropped
 from kvloom.cli.common import F, Options, ref_argument, shared
 from kvloom.cli.opening import Talk, model_options, new_session_options, talking
 from kvloom.cli.terminal import dim, print_json, stdout_is_terminal, warn
@@ -74,6 +75,7 @@ def sampling(values: dict[str, Any]) -> dict[str, Any]:
 @click.option("--choice", "single", multiple=True, metavar="TEXT", help="One more of them; it may hold commas.")
 @click.option("--no-reuse", is_flag=True, help="Load no stored state: compute everything anew.")
 @click.option("--require-reuse", is_flag=True, help="Fail unless the whole stored prefix is reused.")
+@exact_option
 def say(options: Options, ref: str, text: str, choices: str | None, single: tuple[str, ...], **values: Any) -> None:
     """Say TEXT at REF and print the reply as it comes. A new SESSION is made; "-" reads TEXT from stdin.
 
@@ -90,17 +92,21 @@ def say(options: Options, ref: str, text: str, choices: str | None, single: tupl
       kvloom say trip "Is Rome larger than Milan?" --choices Yes,No
       cat notes.txt | kvloom say notes - --max-tokens 100 --json
     """
-    if values["no_reuse"] and values["require_reuse"]:
-        raise click.UsageError("--no-reuse and --require-reuse exclude each other")
+    given = [name for name in ("no_reuse", "require_reuse", "exact") if values[name]]
+    if len(given) > 1:
+        raise click.UsageError(f"--{given[0].replace('_', '-')} and --{given[1].replace('_', '-')} exclude each other")
     settings = sampling(values)
     texts = _choices(choices, single)
     if texts and settings:
         raise click.UsageError(f"--{next(iter(settings)).replace('_', '-')} is for replies that are not chosen")
     said = read_text(text)
     reuse: dict[str, Any] = {"reuse": not values["no_reuse"], "require_reuse": values["require_reuse"]}
+    reuse["exact"] = values["exact"]
 
     begun = {name: values[name] for name in ("system", "chat_template", "model", "dtype")}
     with talking(options, ref, create=True, **begun) as talk:
+        if not values["no_reuse"]:
+            tell_dropped(talk.session, talk.branch.name, exact=values["exact"])
 
         def start(cancel: threading.Event) -> Run:
             how = {"cancel": cancel, "progress": talk.progress.passes, **reuse}
@@ -123,9 +129,10 @@ def _choices(listed: str | None, single: tuple[str, ...]) -> list[str]:
 @click.command("continue", short_help="Go on with a reply that was stopped.")
 @shared
 @ref_argument()
+@exact_option
 @model_options
 @sampling_options
-def continue_(options: Options, ref: str, model: str | None, dtype: str | None, **values: Any) -> None:
+def continue_(options: Options, ref: str, exact: bool, model: str | None, dtype: str | None, **values: Any) -> None:
     """Go on with the reply at REF that was interrupted or met its limit, just where it stopped.
 
     At a token (SESSION@BRANCH:90) it goes on from that very token, on a new branch; "kvloom show REF --tokens"
@@ -139,19 +146,18 @@ def continue_(options: Options, ref: str, model: str | None, dtype: str | None, 
     """
     settings = sampling(values)
     with talking(options, ref, model=model, dtype=dtype) as talk:
-        finish(
-            options,
-            talk,
-            lambda cancel: talk.branch.continue_reply(cancel=cancel, progress=talk.progress.passes, **settings),
-        )
+        tell_dropped(talk.session, talk.branch.name, exact=exact)
+        how = {"exact": exact, "progress": talk.progress.passes, **settings}
+        finish(options, talk, lambda cancel: talk.branch.continue_reply(cancel=cancel, **how))
 
 
 @click.command(short_help="Get another reply to the last message.")
 @shared
 @ref_argument()
+@exact_option
 @model_options
 @sampling_options
-def regenerate(options: Options, ref: str, model: str | None, dtype: str | None, **values: Any) -> None:
+def regenerate(options: Options, ref: str, exact: bool, model: str | None, dtype: str | None, **values: Any) -> None:
     """Get another reply to the last message at REF; the one before stays in the tree.
 
     \b
@@ -161,11 +167,9 @@ def regenerate(options: Options, ref: str, model: str | None, dtype: str | None,
     """
     settings = sampling(values)
     with talking(options, ref, model=model, dtype=dtype) as talk:
-        finish(
-            options,
-            talk,
-            lambda cancel: talk.branch.regenerate(cancel=cancel, progress=talk.progress.passes, **settings),
-        )
+        tell_dropped(talk.session, talk.branch.name, exact=exact)
+        how = {"exact": exact, "progress": talk.progress.passes, **settings}
+        finish(options, talk, lambda cancel: talk.branch.regenerate(cancel=cancel, **how))
 
 
 def finish(options: Options, talk: Talk, start: Callable[[threading.Event], Run]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvloom.cli.asking import told
+from kvloom.cli.asking import exact_option, tell_dropped, told
 from kvloom.cli.common import Options, complete_ref, parse, reading, shared
 from kvloom.cli.opening import with_model
 from kvloom.cli.talk import Stopped, interruptible
@@ -47,14 +47,17 @@ class _Place:
 @shared
 @click.argument("refs", metavar="REF...", nargs=-1, shell_complete=complete_ref)
 @click.option("--all", "everything", is_flag=True, help="Every branch of every session.")
-@click.option("--exact", is_flag=True, help="Also what recode stored with loss: its exact rows are replayed.")
 @click.option("--dry-run", is_flag=True, help="Only tell what is missing; no model is loaded.")
-def warm(options: Options, refs: tuple[str, ...], everything: bool, exact: bool, dry_run: bool) -> None:
+@exact_option
+def warm(options: Options, refs: tuple[str, ...], everything: bool, dry_run: bool, exact: bool) -> None:
     """Compute what is missing of the state down to each REF, at low priority, so that the next turn need not wait.
 
     That is, tokens that are pending (an edit left unrun, a message that was interrupted), and state that was never
     stored, was dropped, or is damaged: all that is there is read, and checked. Ctrl-C stops it; turns that were done
     are kept, and so are the passes of one that was begun (of one that is replayed, nothing).
+
+    What was dropped is computed anew; with --exact it is run again just as it was first, replies token by token, and
+    so is what recode stored with loss.
 
     \b
     Example:
@@ -71,9 +74,8 @@ def warm(options: Options, refs: tuple[str, ...], everything: bool, exact: bool,
         if hasattr(os, "nice"):
             os.nice(LOW_PRIORITY)  # before the model is loaded: its threads inherit it
         with interruptible() as stopped:
-            failed = _compute(
-                options, [place for place in places if place.missing], stopped, exact=exact, carry_on=everything
-            )
+            todo = [place for place in places if place.missing]
+            failed = _compute(options, todo, stopped, exact=exact, carry_on=everything)
     if options.json:
         print_json({"points": [place.to_json() for place in places], "stopped": bool(stopped.signal)})
     elif not any(place.missing for place in places):
@@ -113,9 +115,9 @@ def _compute(options: Options, places: list[_Place], stopped: Stopped, *, exact:
                 for place in mine:
                     if stopped.signal:
                         return failed
-                    place.added = session.loom.find(place.session).warm(
-                        place.at, exact=exact, cancel=stopped.cancel, progress=bars.passes
-                    )
+                    found = session.loom.find(place.session)
+                    tell_dropped(found, place.at, exact=exact)
+                    place.added = found.warm(place.at, exact=exact, cancel=stopped.cancel, progress=bars.passes)
                     bars.stop()
                     _tell(options, place, place.added)
         except KVLoomError as error:

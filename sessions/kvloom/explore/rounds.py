@@ -178,7 +178,7 @@ def together(loom: KVLoom, paths: Sequence[Growing], starts: Sequence[Start], st
     live = None
     for number, start in enumerate(starts):
         if not number or start is not starts[number - 1]:
-            live, account = resumer.resume(start.ids, start.state, room=steps)
+            live, account = resumer.resume(start.ids, start.state, room=steps, exact=True)
             reused += account.reused if not number else len(start.ids) - shared
         assert live is not None
         assert live.hidden is not None
@@ -204,7 +204,7 @@ def _grow_alone(
     told: Told | None,
 ) -> tuple[list[Held], int]:
     """The same of a single path, on the live state."""
-    live, account = loom.resumer.resume(starts[0].ids, starts[0].state, room=steps)
+    live, account = loom.resumer.resume(starts[0].ids, starts[0].state, room=steps, exact=True)
     assert live.hidden is not None
     logits = loom.engine.logits_of(live.hidden)
     grow_alone(loom.engine, live, paths[0], logits, close=True, cancel=cancel, told=told)

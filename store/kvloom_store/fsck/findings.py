@@ -40,7 +40,7 @@ class Kind(enum.StrEnum):
     INDEX = "index"
     """The full-text index does not fit the turns."""
     UNWRITTEN = "unwritten"
-    """State that was never stored; it is computed when it is needed."""
+    """State that was never stored, or was dropped; it is computed when it is needed."""
     ORPHAN = "orphan"
     """A row that nothing refers to any more."""
     SET_ASIDE = "set-aside"

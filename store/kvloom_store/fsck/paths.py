@@ -149,7 +149,8 @@ def _state(reader: Reader, row: dict[str, Any]) -> tuple[Kind, Severity, str] | 
     if wrong is not None:
         return Kind.STATE, Severity.HEALS, f"{wrong}: it is computed again from the tokens"
     if row["segment"] is None and row["state_end"] > row["state_start"]:
-        words = "the state of this turn was never stored; it is computed when it is needed (kvloom warm does it now)"
+        words = "was dropped to make room" if row["dropped"] else "was never stored"
+        words = f"the state of this turn {words}; it is computed when it is needed (kvloom warm does it now)"
         return Kind.UNWRITTEN, Severity.NOTE, words
     return None
 

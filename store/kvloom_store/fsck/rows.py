@@ -32,6 +32,7 @@ _LOSS = {
     "model": "no state of this model can be found",
     "branch": "this name does not say any more where it points; the turns are kept",
     "tag": "this name does not say any more where it points; the turns are kept",
+    "pin": "the state of this turn, and of those before it, may be dropped now",
     "exploration": "this search cannot be resumed; its turns are kept",
     "candidate": "this search cannot be resumed; its turns are kept",
     "quarantine": "something that was set aside earlier cannot be read",
