@@ -244,7 +244,7 @@ def compute_anew(
     Raises Cancelled; nothing is stored then.
     """
     start, engine = live.length, loom.engine
-    if start >= tip.state_end:
+    if start >= tip.state_end - 1:  # the last token is left to be run where nothing is known of what follows it
         return 0
     engine.prefill(live, ids[start : tip.end], cancel=cancel, progress=progress)
     commits = Commits(loom, branch, again=True)  # the branch stays where it is: the turn is there

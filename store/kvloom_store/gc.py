@@ -335,11 +335,12 @@ def _told(conn: sa.Connection, facts: Facts, made: Plan) -> Collected:
 
     def exact(some: Sequence[int]) -> float | None:
         total = 0.0
-        for each in some:
-            pace = facts.paces.get(held[each].root)
-            if pace is None:
+        for root in {held[each].root for each in some}:
+            mine = [each for each in some if held[each].root == root]
+            if root not in facts.paces:
                 return None
-            total += pace.exact(held[each].tokens, min(singly[each], held[each].tokens))
+            tokens = sum(held[each].tokens for each in mine)
+            total += facts.paces[root].exact(tokens, sum(min(singly[each], held[each].tokens) for each in mine))
         return total
 
     lost = [Lost(each.name, each.tokens, each.seconds, exact(each.segments)) for each in made.touched]
