@@ -99,6 +99,9 @@ class Resumer:
             _count(account, self._ahead.plan.rows, self._ahead.plan.windows, self._ahead.bytes_read)
             self._ahead = None
         self._let_go_of_dropped(live, account)
+        if exact and _is_lossy(live):
+            self._flush(live, account)
+            live.truncate(0)
         if tip is not None:
             tip = self._gone_on_from(live, tip, min(tip.state_end, len(ids)), exact, require_reuse)
         if tip is not None:
@@ -216,7 +219,7 @@ class Resumer:
         self, live: LiveState, tip: TurnState, upto: int, exact: bool, require_reuse: bool
     ) -> TurnState | None:
         """The state to bring back; None where it was dropped, and is to be computed anew. Raises ReuseRequired."""
-        if _holds(live, tip, upto):
+        if _holds(live, tip, upto) and not exact:
             return tip
         with self.database.read() as conn:
             if exact:
