@@ -13,6 +13,8 @@ from exact.worker import frame_of, rows_of
 
 from kvloom.engine import TransformersEngine
 from kvloom.loom import KVLoom
+from kvloom.passes import KEYFRAME_SPACING
+from kvloom_store import outlook, turns
 from torture.workload import described, state_of
 
 
@@ -124,8 +126,13 @@ def _restored(
             state, ids = state_of(loom, f"{name}@{turn}")
             if state is None:
                 continue
+            with loom.database.read() as conn:  # what was dropped is to come back as it was first
+                state = turns.original_of(conn, state)
+                path, exact = ids[: state.state_end], {"logits": False, "exact": True}
+                if outlook.of_tokens(conn, loom.root, path, state, grid=KEYFRAME_SPACING, **exact).gone:
+                    continue  # what it stood on was dropped, and removed with its session
             with loom.engine.lock:
-                live, account = loom.resumer.resume(ids[: state.state_end], state, room=1, logits=False)
+                live, account = loom.resumer.resume(path, state, room=1, **exact)
                 found = [rows_of(live, state.state_end), frame_of(live)]
             replayed += account.replayed
             wrong += [f"{name}@{turn}: {notice}" for notice in account.notices]
