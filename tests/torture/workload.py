@@ -6,6 +6,7 @@ it into ``OPERATIONS`` with how often it is to be chosen.
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -172,6 +173,22 @@ def rename(world: World) -> str:
     return name
 
 
+def gc(world: World) -> str:
+    """State dropped, some of it or all."""
+    world.loom.gc(world.rng.choice([0, 30_000, 300_000]))
+    return world.session().name
+
+
+def move(world: World) -> str:
+    """A session written as a bundle, and read as another one."""
+    session, file, name = world.session(), io.BytesIO(), f"s{world.rng.getrandbits(40):x}"
+    if session.tree():
+        session.export(file)
+        file.seek(0)
+        world.loom.import_bundle(file, name)
+    return name
+
+
 def reopen(world: World) -> str:
     """The store closed, which writes all state and the log into the file, and opened again."""
     engine, path = world.loom.engine, world.loom.database.path
@@ -196,6 +213,8 @@ OPERATIONS: list[tuple[Operation, int]] = [
     (explore, 1),
     (remove, 1),
     (rename, 1),
+    (gc, 1),
+    (move, 1),
     (reopen, 1),
 ]
 
@@ -251,7 +270,7 @@ def described(loom: KVLoom, name: str, *, begun: bool = False) -> dict[str, Any]
                 turn = turns.get(conn, state.turn)
             except CorruptRow:  # its session was removed
                 return event
-        if live.length == state.state_end:
+        if live.length == state.state_end and not state.variant:  # of what was dropped, the first bits count
             event["state"] = {turn.id: [rows_of(live, state.state_end), frame_of(live)]}
     return event
 
