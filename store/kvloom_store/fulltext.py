@@ -176,6 +176,8 @@ def difference(conn: sa.Connection, texts: Iterable[tuple[int, str]]) -> str | N
         try:
             if _content(conn, "temp.indexed", TABLE) != _expected(texts):
                 return "it does not hold the words of the turns"
+            if conn.exec_driver_sql(f"SELECT k FROM {TABLE}_config").scalars().all() != ["version"]:
+                return "it does not say how it is made"
             for term, count in conn.exec_driver_sql("SELECT term, doc FROM temp.counted"):
                 sql = f"SELECT count(*) FROM {TABLE} WHERE {TABLE} MATCH ?"
                 if conn.exec_driver_sql(sql, (f'"{term}"',)).scalar_one() != count:

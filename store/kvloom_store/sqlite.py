@@ -166,6 +166,12 @@ def tree_names(conn: sa.Connection) -> dict[int, tuple[str, str]]:
     return {page: (kind, name) for page, kind, name in rows}
 
 
+def definitions(conn: sa.Connection) -> dict[str, str]:
+    """The statement that made each table and index, by its name."""
+    rows = conn.exec_driver_sql("SELECT CAST(name AS BLOB), CAST(sql AS BLOB) FROM sqlite_master WHERE sql IS NOT NULL")
+    return {bytes(name).decode(errors="replace"): bytes(sql).decode(errors="replace") for name, sql in rows}
+
+
 def reindex(conn: sa.Connection) -> None:
     """Make every index anew from its table (inside a write transaction)."""
     conn.exec_driver_sql("REINDEX")

@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 
 from kvloom_proto.errors import FormatError
 from kvloom_proto.records import ChunkSpec, LayerSpec, Manifest, expand, read_manifest
-from kvloom_store import restore, scan, sqlite
+from kvloom_store import fulltext, restore, scan, sqlite
 from kvloom_store.checksum import checked
 from kvloom_store.errors import CorruptRow
 from kvloom_store.fsck.copies import told_elsewhere
@@ -204,3 +204,20 @@ def missing_tables(reader: Reader) -> Iterator[Finding]:
             reader.torn.add(name)
             words = f"the table {name} is not in the file: it is made anew, empty"
             yield finding(Kind.PAGE, Severity.LOST, table_named(name) or name, None, None, words)
+    made = sqlite.definitions(reader.conn)
+    for name, sql in _definitions().items():
+        if name in made and made[name] != sql:
+            words = f"the file does not say of {name} what it was made as: it is written anew"
+            yield finding(Kind.PAGE, Severity.HEALS, name, None, None, words)
+
+
+def _definitions() -> dict[str, str]:
+    """What every table and index of the schema is made as."""
+    engine = sa.create_engine("sqlite://")
+    try:
+        with engine.begin() as conn:
+            metadata.create_all(conn)
+            fulltext.create(conn)
+            return sqlite.definitions(conn)
+    finally:
+        engine.dispose()
