@@ -12,6 +12,7 @@ from kvloom.resume import hidden_bytes
 from kvloom.steps import NewTurn
 from kvloom_proto.scores import pack_scores
 from kvloom_store import refs, segments, trie, turns
+from kvloom_store.errors import RemovedMeanwhile
 from kvloom_store.refs import Branch as BranchRow
 from kvloom_store.turns import Turn, TurnState
 from kvloom_store.writer import Handle
@@ -217,10 +218,14 @@ def commit_all(
 
     ``also`` runs in the same transaction: what it writes is there if the turns are, and only then.
     """
-    with loom.database.write() as conn:
-        made = [commits._insert(conn, addition) for commits, addition in additions]
-        if also is not None:
-            also(conn, [turn for turn, _ in made])
+    try:
+        with loom.database.write() as conn:
+            made = [commits._insert(conn, addition) for commits, addition in additions]
+            if also is not None:
+                also(conn, [turn for turn, _ in made])
+    except RemovedMeanwhile:  # what is in memory may stand on what is gone: the next use begins with the store
+        loom.resumer.forget()
+        raise
     for (commits, addition), (_, state) in zip(additions, made, strict=True):
         if addition.held is not None:
             commits._hand_over(addition.held, state)

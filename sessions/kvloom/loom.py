@@ -324,6 +324,8 @@ class KVLoom:
         self.flush()
         with self.database.write() as conn:
             removal.remove_session(conn, refs.get_session(conn, name).row)
+        if "resumer" in self.__dict__:  # what it holds may be state of turns that are gone
+            self.resumer.forget()
 
     def gc(
         self,

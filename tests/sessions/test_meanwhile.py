@@ -72,3 +72,12 @@ def test_a_reply_in_a_session_that_was_removed_says_so(loom: KVLoom, other: KVLo
     loom.flush()
     with loom.database.read() as conn:
         whole.check(conn, crashed=True)
+
+
+def test_a_session_removed_here_is_not_stood_on_by_the_next_one_that_says_the_same(loom: KVLoom) -> None:
+    loom.session("keeps").branch().say("who?", max_tokens=3)
+    loom.find("keeps").branch().say("and then?", max_tokens=3)
+    loom.find("talk").branch().say("and then?", max_tokens=9)
+    loom.remove("talk")
+    assert loom.session("new").branch().say("who?", max_tokens=3).notices == ()
+    assert loom.find("keeps").branch().regenerate(max_tokens=3).reply.notices == ()
