@@ -11,6 +11,7 @@ Every figure is measured in this run. Ends with 1 if the resumed reply is not ex
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -71,8 +72,10 @@ def tell(asked: argparse.Namespace) -> int:
     say(f"A process talks with {asked.model} about the first chapters of a novel. The store is {store}.")
     have_conversation(asked)
 
-    say("Another process takes the branch up where the last stored turn ended.")
-    resumed = command(store, "continue", SESSION, "--max-tokens", str(MAX_TOKENS))
+    tip = command(store, "show", SESSION, quiet=True)["turn"]  # whoever opens the store next keeps what was said
+    kept = len(tip["states"][0]["tokens"]) if tip["role"] == "assistant" else 0
+    say(f"Another process goes on with the reply: {kept} tokens of it were noted before the kill.")
+    resumed = command(store, "continue", SESSION, "--max-tokens", str(MAX_TOKENS - kept))
     show(resumed)
 
     say("Three branches fork at the first reply. A fork is one row: it copies no state and loads no model.")
@@ -98,8 +101,8 @@ def tell(asked: argparse.Namespace) -> int:
     count = resumed["tokens"]["generated"]
     if exact:
         console.print(
-            f"\n[green]Exact:[/] the {count} tokens of the reply after the kill, and the model's hidden state behind "
-            "them, are those of the run that was never interrupted, bit for bit."
+            f"\n[green]Exact:[/] the reply that was killed, its {count} tokens after the kill, and the model's hidden "
+            "state behind them, are those of the run that was never interrupted, bit for bit."
         )
     else:
         console.print("\n[red]Not exact:[/] the resumed reply differs from that of the uninterrupted run.")
@@ -244,7 +247,7 @@ def fail(message: str, child: subprocess.Popen[str] | None = None) -> NoReturn:
 
 
 def last_reply(path: Path) -> tuple[Sequence[int], bytes | None]:
-    """The tokens of main's last reply, and the model's hidden state at its end, as they are stored."""
+    """The tokens of main's last reply, of all its parts, and the model's hidden state at its end, as stored."""
     from kvloom_store import refs, turns
     from kvloom_store.database import Database
     from kvloom_store.names import parse_ref
@@ -252,10 +255,10 @@ def last_reply(path: Path) -> tuple[Sequence[int], bytes | None]:
     database = Database(path, must_exist=True)
     try:
         with database.read() as conn:
-            point = refs.resolve(conn, parse_ref(f"{SESSION}@main"))
-            assert point.turn is not None
-            [state] = turns.states_of(conn, [point.turn])
-            return state.tokens, state.hidden
+            path_down = turns.path_to(conn, refs.resolve(conn, parse_ref(f"{SESSION}@main")).turn)
+            reply = list(itertools.takewhile(lambda turn: turn.role == "assistant", reversed(path_down)))
+            parts = [turns.states_of(conn, [turn.row])[0] for turn in reversed(reply)]
+            return [token for part in parts for token in part.tokens], parts[-1].hidden
     finally:
         database.close()
 

@@ -76,7 +76,7 @@ def content(path: Path) -> Any:
         rows = [raw.execute(f"SELECT * FROM '{name}'").fetchall() for name in tables]
         version = [raw.execute(f"PRAGMA {name}").fetchall() for name in ("application_id", "user_version")]
         return schema, rows, version, raw.execute("PRAGMA integrity_check").fetchall()
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # names of columns are always read as text
         return str(error)
     finally:
         raw.close()

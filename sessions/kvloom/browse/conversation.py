@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec
 
 from textual import work
@@ -29,7 +29,6 @@ from kvloom_store.names import MAIN
 
 if TYPE_CHECKING:
     from kvloom.loom import KVLoom
-    from kvloom.scores import TokenScore
     from kvloom.session import Session, TreeTurn
 
 P = ParamSpec("P")
@@ -94,6 +93,7 @@ class Conversation(Screen[None]):
         self._asked: asyncio.Future[str | None] | None = None
         self._looking: Timer | None = None
         self._seen: tuple[str, int, bool] | None = None
+        self._strips: dict[str, str] = {}
         self._news: tuple[str, str | None] = "", None
 
     def compose(self) -> ComposeResult:
@@ -161,16 +161,19 @@ class Conversation(Screen[None]):
         notes = [found.short(turn.id), *labels(turn)]
         if turn.tokens:
             notes.append(f"{turn.tokens} tokens, {'held' if found.is_held(turn) else 'not held'}")
-        if here and (scores := self._scores(turn)):
-            notes.append(f"\nentropy {strip([each.entropy for each in scores], STRIP)}")
+        if here and turn.tokens and turn.finish_reason is not None and (shown := self._entropy(turn)):
+            notes.append(f"\nentropy {shown}")
         return Block(turn.id, heading(turn.role, role_style(turn.role), notes), turn.text)
 
-    def _scores(self, turn: TreeTurn) -> Sequence[TokenScore]:
-        try:
-            return self.session.token_scores(turn)
-        except KVLoomError as error:  # the text is there all the same
-            self._fail(error)
-            return ()
+    def _entropy(self, turn: TreeTurn) -> str:
+        """The strip of a reply, read once; "" if nothing is kept of what the model thought of it."""
+        if turn.id not in self._strips:
+            self._strips[turn.id] = ""
+            try:
+                self._strips[turn.id] = strip([each.entropy for each in self.session.token_scores(turn)], STRIP)
+            except KVLoomError as error:  # the text is there all the same
+                self._fail(error)
+        return self._strips[turn.id]
 
     def _tell(self) -> None:
         """The line below the panes: what is going on, else where the cursor is."""
