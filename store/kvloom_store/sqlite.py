@@ -84,13 +84,11 @@ def make_engine(path: Path, *, read_only: bool, synchronous: str, busy_ms: int) 
         connection.isolation_level = None  # we say BEGIN ourselves: pysqlite's own is deferred and late
         pragmas = [f"mmap_size={MMAP_BYTES}", "foreign_keys=ON", "trusted_schema=OFF", "cell_size_check=ON"]
         if not read_only:
-            # Before the log: that writes the first page, which says whether a file can be made smaller.
-            pragmas += [
-                f"page_size={PAGE_BYTES}",
-                "auto_vacuum=INCREMENTAL",
-                "journal_mode=WAL",
-                f"synchronous={synchronous}",
-            ]
+            # Before the log: that writes the first page, which says whether a file can be made smaller. Only then: of a
+            # file that is there it would be written anew each time it is opened.
+            if not connection.execute("PRAGMA page_count").fetchone()[0]:
+                pragmas += [f"page_size={PAGE_BYTES}", "auto_vacuum=INCREMENTAL"]
+            pragmas += ["journal_mode=WAL", f"synchronous={synchronous}"]
             # 64 MiB: a long prompt's state fits the log, and its pages are moved into the file in one go.
             pragmas += [f"wal_autocheckpoint={(64 << 20) // PAGE_BYTES}", "journal_size_limit=67108864"]
         for pragma in pragmas:
