@@ -271,6 +271,7 @@ class Builder:
             hidden=None,
             hidden_dtype=None,
             variant=0,
+            dropped=0,
             created=self._now,
             scores=None,
         )
