@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +73,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     print(f"seed {SEED}, grid {GRID}, {PROCESSES} rounds of {TRIALS} trials in each of {len(SCENARIOS)} stores")
     shares = [TRIALS] * PROCESSES
 
-    def group(number: int) -> trials.Results:
-        return trials.converse(folder, SCENARIOS[number::2], shares, grid=GRID, seed=SEED)
-
-    with ThreadPoolExecutor(2) as pool:  # two groups of stores at a time, each in nine processes
-        results = [one | other for one, other in zip(*pool.map(group, range(2)), strict=True)]
-    return Outcome(folder, results)
+    return Outcome(folder, trials.converse(folder, SCENARIOS, shares, grid=GRID, seed=SEED))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from kvloom.errors import UnsupportedModel
 
 SEED = 20250301
 TRIALS, PROCESSES = 8, 3
-ATONCE = 2
 DTYPES = ("float32", "bfloat16")
 # Full attention has a test file of its own.
 STATEFUL = [kind for kind in KINDS if kind not in OTHERS and kind not in FULL_ATTENTION]
@@ -43,19 +41,12 @@ class Found:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """Two groups of kinds at a time: a process costs seconds before it does anything."""
+    """All kinds in the same processes: one costs seconds before it does anything."""
     folder = tmp_path_factory.mktemp("kinds")
     scenarios = list(SCENARIOS.values())
-
-    def group(number: int) -> tuple[trials.Results, list[dict[str, Any]]]:
-        mine = scenarios[number::ATONCE]
-        results = trials.converse(folder, mine, trials.spread(TRIALS, PROCESSES), seed=SEED)
-        jobs = [job for scenario in mine for job in trials.jobs_of(folder, scenario, 3)]
-        return results, harness.referee(jobs)[1]
-
-    with ThreadPoolExecutor(ATONCE) as pool:
-        groups = list(pool.map(group, range(ATONCE)))
-    return Found([r for results, _ in groups for r in results], [v for _, verdicts in groups for v in verdicts])
+    results = trials.converse(folder, scenarios, trials.spread(TRIALS, PROCESSES), seed=SEED)
+    jobs = [job for scenario in scenarios for job in trials.jobs_of(folder, scenario, 3)]
+    return Found(results, harness.referee(jobs)[1])
 
 
 @pytest.mark.parametrize("kind", STATEFUL)

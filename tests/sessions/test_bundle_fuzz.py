@@ -1,6 +1,6 @@
 """Reading hostile bundles: only documented errors, nothing changed, and no memory set aside for what is not there.
 
-``KVLOOM_FUZZ_CASES`` says how many mutated bundles are tried (default 2,000).
+``KVLOOM_FUZZ_CASES`` says how many mutated bundles are tried (default 800).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from kvloom_store import schema
 from kvloom_store.bundle_check import Contents, Rules
 from kvloom_store.checksum import checked
 
-CASES = int(os.environ.get("KVLOOM_FUZZ_CASES", "2000"))
+CASES = int(os.environ.get("KVLOOM_FUZZ_CASES", "800"))
 NUMBERS = (0, 1, 2, 3, 5, 8, 255, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1, -1)
 
 

@@ -64,7 +64,7 @@ def described(found: Found, loom: KVLoom) -> Any:
 @pytest.mark.parametrize(
     ("kind", "strategy", "kills"),
     [
-        ("llama", "tree", [2, 9, 4, 7, 3]),
+        ("llama", "tree", [2, 9, 4]),
         ("gemma3_text", "tree", [5, 11]),
         ("jamba", "tree", [3, 20]),
         ("llama", "tree", [41]),  # right after a round, when its state is hardly written yet
@@ -128,7 +128,7 @@ def test_every_candidate_is_a_branch_that_can_be_talked_to(store_path: Path, eng
 
 
 @pytest.mark.parametrize(("score", "penalty"), [("logprob", 0.0), ("length-normalised", 1.0)])
-@pytest.mark.parametrize(("width", "depth", "step_tokens"), [(2, 1, 24), (3, 4, 6), (4, 24, 1), (3, 2, 9)])
+@pytest.mark.parametrize(("width", "depth", "step_tokens"), [(2, 1, 24), (3, 4, 6), (4, 9, 1), (3, 2, 9)])
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 def test_beams_committed_in_steps_find_what_one_beam_search_finds(
     tmp_path: Path, kind: str, width: int, depth: int, step_tokens: int, score: str, penalty: float

@@ -23,7 +23,7 @@ from tiny import tiny_model, tiny_tokenizer
 import kvloom
 from kvloom.errors import KVLoomError
 
-FLIPS = int(os.environ.get("KVLOOM_FLIPS", "120"))
+FLIPS = int(os.environ.get("KVLOOM_FLIPS", "60"))
 NEXT = "And who else was there?"
 
 
