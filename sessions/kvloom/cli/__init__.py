@@ -1,12 +1,13 @@
 """The command line: ``kvloom``. Each command is a few lines that call the library.
 
-Only click is imported here; a command imports what it needs when it runs, so that listing and reading
-never wait for torch.
+Only click is imported here; a command's module is imported when it is asked for, and what it needs when it runs,
+so that listing and reading never wait for torch.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import sys
@@ -16,29 +17,7 @@ from typing import Any
 import click
 
 from kvloom._version import __version__
-from kvloom.cli import (
-    about,
-    browse,
-    chat,
-    compact,
-    cost,
-    diff,
-    edit,
-    explore,
-    fsck,
-    manage,
-    recode,
-    room,
-    sample,
-    search,
-    show,
-    talk,
-    transfer,
-    tree,
-    verify,
-    warm,
-    why,
-)
+from kvloom.cli.commands import BY_NAME, SECTIONS
 from kvloom.cli.common import json_option, store_option
 from kvloom.cli.terminal import never_fail_to_print, wants_color
 from kvloom.errors import KVLoomError
@@ -47,22 +26,6 @@ from kvloom.shown import clean
 INTERRUPTED = 130
 CLOSED_PIPE = 141
 """What a shell reports for a program that ended because nobody read its output."""
-
-_SECTIONS = {
-    "Talk": [chat.chat, talk.say, talk.continue_, talk.regenerate],
-    "Branch": [manage.fork, edit.edit, compact.compact, manage.tag, manage.rename, manage.rm],
-    "Explore": [sample.sample, explore.explore],
-    "State": [
-        *(warm.warm, recode.recode, room.gc, room.pin, room.unpin, room.quota),
-        *(fsck.fsck, verify.verify),
-    ],
-    "Move": [transfer.export, transfer.import_],
-    "Look": [
-        *(browse.browse, show.ls, show.branches, show.log, tree.tree, show.show),
-        *(search.search, diff.diff, why.why, about.stats, cost.cost),
-    ],
-    "Set up": [about.models, manage.config, about.doctor, about.completion],
-}
 
 
 class ClosedPipe(Exception):
@@ -79,12 +42,20 @@ class _Commands(click.Group):
             raise ClosedPipe from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        for title, commands in _SECTIONS.items():
+        for title, entries in SECTIONS.items():
             with formatter.section(title):
-                formatter.write_dl([(command.name or "", command.get_short_help_str(70)) for command in commands])
+                formatter.write_dl([(entry.name, entry.summary) for entry in entries])
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [command.name or "" for commands in _SECTIONS.values() for command in commands]
+        return list(BY_NAME)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        entry = BY_NAME.get(cmd_name)
+        if entry is None:
+            return None
+        found: click.Command = getattr(importlib.import_module(f"kvloom.cli.{entry.module}"), entry.function)
+        found.short_help = entry.summary
+        return found
 
 
 @click.group(cls=_Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -110,11 +81,6 @@ def cli(ctx: click.Context) -> None:
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
-
-
-for _commands in _SECTIONS.values():
-    for _command in _commands:
-        cli.add_command(_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -21,7 +21,7 @@ PROBE_BYTES = 64 << 20
 _VERSIONED = ("torch", "transformers", "sqlalchemy", "numpy", "safetensors", "protobuf", "lz4", "zstandard", "xxhash")
 
 
-@click.command(short_help="Count turns, tokens and bytes.")
+@click.command()
 @shared
 @ref_argument("session", metavar="[SESSION]", required=False)
 def stats(options: Options, session: str | None) -> None:
@@ -62,7 +62,7 @@ def print_stats(found: dict[str, Any]) -> None:
     _print_facts(facts)
 
 
-@click.command(short_help="List the models that can be used.")
+@click.command()
 @json_option
 @pass_options
 def models(options: Options) -> None:
@@ -104,7 +104,7 @@ def models(options: Options) -> None:
     return None
 
 
-@click.command(short_help="Check the installation, the disk and the model.")
+@click.command()
 @shared
 @click.option("--full", is_flag=True, help="Load the default model too.")
 def doctor(options: Options, full: bool) -> None:
@@ -258,7 +258,7 @@ def _print_facts(facts: dict[str, Any]) -> None:
         click.echo(f"{click.style(f'{name:<20}', dim=True)}{clean(str(value))}")
 
 
-@click.command(short_help="Print the script that completes commands and names in your shell.")
+@click.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print a script for SHELL that completes commands, options and the names of sessions and branches.

@@ -22,7 +22,7 @@ LEAST = (60, 12)
 """Columns and rows below which there is no room for two panes."""
 
 
-@click.command(short_help="Walk about a tree, and talk in it.")
+@click.command()
 @store_option
 @pass_options
 @ref_argument(metavar="[SESSION[@REF]]", required=False)

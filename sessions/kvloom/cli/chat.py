@@ -40,7 +40,7 @@ Ask = Callable[[str], str]
 """Shows a prompt and returns what was typed; EOFError at the end, KeyboardInterrupt for Ctrl-C."""
 
 
-@click.command(short_help="Talk, interactively.")
+@click.command()
 @shared
 @ref_argument(metavar="[SESSION[@REF]]", required=False)
 @new_session_options

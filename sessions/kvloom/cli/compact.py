@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kvloom.report import Added, Reply
 
 
-@click.command(short_help="Go on shorter, on a new branch.")
+@click.command()
 @shared
 @ref_argument()
 @click.option(

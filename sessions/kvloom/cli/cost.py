@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kvloom.cost import SessionCost
 
 
-@click.command(short_help="Count tokens reused and computed, and what that saved.")
+@click.command()
 @shared
 @ref_argument("session", metavar="SESSION")
 @click.option("--price-input", type=click.FloatRange(0), metavar="USD", default=3.00, help="Default 3.00.")

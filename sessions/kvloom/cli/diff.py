@@ -25,7 +25,7 @@ LEAST_COLUMNS = 60
 """Of a terminal that is narrower, two sides are shown below each other."""
 
 
-@click.command(short_help="Show where two branches part, side by side.")
+@click.command()
 @shared
 @ref_argument("a", metavar="A")
 @ref_argument("b", metavar="B")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kvloom_store.names import Ref
 
 
-@click.command(short_help="Say a past turn otherwise, on a new branch.")
+@click.command()
 @shared
 @ref_argument()
 @click.option("--text", metavar="TEXT|-", help="The new text (- reads it from stdin; default: your editor opens).")

@@ -33,7 +33,7 @@ SETTINGS = (
 )
 
 
-@click.command(short_help="Search continuations: make many, score them, go on with the best.")
+@click.command()
 @shared
 @ref_argument()
 @click.option("--prompt", metavar="TEXT|-", help="Say this first, on a branch of the search's name.")

@@ -30,7 +30,7 @@ SHOWN = 20
 _COLOURS = {"note": "blue", "heals": "yellow", "lost": "red"}
 
 
-@click.command(short_help="Check everything in the store, and repair it.")
+@click.command()
 @shared
 @click.option("--repair", is_flag=True, help="Repair what can be: the plan is shown first, and asked about.")
 @click.option("-y", "--yes", is_flag=True, help="Repair without asking.")

@@ -11,7 +11,7 @@ from kvloom.cli.terminal import print_json
 from kvloom.shown import clean
 
 
-@click.command(short_help="Begin a new branch at any turn or token.")
+@click.command()
 @shared
 @ref_argument()
 @click.argument("branch", metavar="BRANCH")
@@ -38,7 +38,7 @@ def fork(options: Options, ref: str, branch: str) -> None:
     return click.echo(f"{session.name}@{branch} begins after {len(turns)} turns")
 
 
-@click.command(short_help="Give a turn a name that stays.")
+@click.command()
 @shared
 @ref_argument()
 @click.argument("name", metavar="NAME")
@@ -60,7 +60,7 @@ def tag(options: Options, ref: str, name: str) -> None:
     return click.echo(f"{session.name}@{name} is turn {turn[:8]}")
 
 
-@click.command(short_help="Rename a session.")
+@click.command()
 @shared
 @ref_argument("old", metavar="OLD")
 @click.argument("new", metavar="NEW")
@@ -79,7 +79,7 @@ def rename(options: Options, old: str, new: str) -> None:
     return click.echo(f"{old} is now {new}")
 
 
-@click.command(short_help="Delete a session.")
+@click.command()
 @shared
 @ref_argument("session", metavar="SESSION")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
@@ -104,7 +104,7 @@ def rm(options: Options, session: str, yes: bool) -> None:
     return click.echo(f"{session} is deleted ({turns} turns)")
 
 
-@click.command(short_help="Show or set the default model, dtype, device and codec.")
+@click.command()
 @json_option
 @pass_options
 @click.argument("key", metavar="[KEY", required=False)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kvloom_store.recode import Recoded, Survey
 
 
-@click.command(short_help="Store a branch's state with another codec.")
+@click.command()
 @shared
 @ref_argument()
 @click.option(

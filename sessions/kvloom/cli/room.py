@@ -47,7 +47,7 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # only generic for type 
         return int(float(found["number"]) * (_BINARY if found["binary"] else _UNITS)[unit])
 
 
-@click.command(short_help="Drop state to make room; what was said stays.")
+@click.command()
 @shared
 @click.option("--max-bytes", type=Size(percent=True), metavar="SIZE", help="Leave so much state: 500MB, 2GiB, 30%.")
 @click.option("--keep-branches", is_flag=True, help="Leave alone all that a branch or a tag leads to.")
@@ -154,7 +154,7 @@ def _print_branches(report: Collected) -> None:
         click.echo(f"and {len(lost) - SHOWN} others")
 
 
-@click.command(short_help="Have the state of a turn never dropped.")
+@click.command()
 @shared
 @ref_argument()
 def pin(options: Options, ref: str) -> None:
@@ -182,7 +182,7 @@ def pin(options: Options, ref: str) -> None:
     return None
 
 
-@click.command(short_help="Let the state of a turn be dropped again.")
+@click.command()
 @shared
 @ref_argument()
 def unpin(options: Options, ref: str) -> None:
@@ -203,7 +203,7 @@ def unpin(options: Options, ref: str) -> None:
     return click.echo(f"{session.name}@{turn[:8]} is not pinned any more" if turn else f"{clean(ref)} was not pinned")
 
 
-@click.command(short_help="Show or set how much room state may take.")
+@click.command()
 @shared
 @click.argument("most", metavar="[SIZE]", type=Size(), required=False)
 @click.option("--none", "without", is_flag=True, help="Take the quota away.")

@@ -19,7 +19,7 @@ SIBLINGS = 8
 EARLY_STOPPING = {"true": True, "false": False, "never": "never"}
 
 
-@click.command(short_help="Get several replies at once, each on its own branch.")
+@click.command()
 @shared
 @ref_argument()
 @click.argument("text", metavar="[TEXT|-]", required=False)

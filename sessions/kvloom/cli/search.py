@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kvloom_store.search import Hit
 
 
-@click.command(short_help="Find what was said, in all sessions.")
+@click.command()
 @shared
 @click.argument("text", metavar="TEXT", nargs=-1, required=True)
 @click.option("--session", metavar="SESSION", shell_complete=complete_ref, help="Only in this session.")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kvloom_store.turns import Turn, TurnState
 
 
-@click.command(short_help="List the sessions.")
+@click.command()
 @shared
 def ls(options: Options) -> None:
     """List the sessions, the one used last first.
@@ -69,7 +69,7 @@ def _no_sessions(options: Options) -> None:
     return dim('kvloom say NAME "some text" begins one')
 
 
-@click.command(short_help="List the branches of a session.")
+@click.command()
 @shared
 @ref_argument("session", metavar="SESSION")
 def branches(options: Options, session: str) -> None:
@@ -114,7 +114,7 @@ def _branch_json(
     return {"name": name, "turn": tip.id, "turns": depth[tip.id], "pinned": pinned[tip.id], "text": tip.text}
 
 
-@click.command(short_help="Show a conversation from its beginning to a point.")
+@click.command()
 @shared
 @ref_argument()
 @click.option("-n", "--last", type=click.IntRange(1), metavar="N", help="Only the last N turns.")
@@ -175,7 +175,7 @@ def _print_turn(turn: TreeTurn, short: str, *, first: bool) -> None:
     click.echo(clean(turn.text))
 
 
-@click.command(short_help="Show one turn in full, or the tokens around a point.")
+@click.command()
 @shared
 @ref_argument(metavar="REF")
 @click.option("--tokens", is_flag=True, help="Show the tokens around the point that REF names.")

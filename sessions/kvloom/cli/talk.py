@@ -64,7 +64,7 @@ def sampling(values: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-@click.command(short_help="Say something and get a reply; for scripts.")
+@click.command()
 @shared
 @ref_argument()
 @click.argument("text", metavar="TEXT|-")
@@ -126,7 +126,7 @@ def _choices(listed: str | None, single: tuple[str, ...]) -> list[str]:
     return texts
 
 
-@click.command("continue", short_help="Go on with a reply that was stopped.")
+@click.command("continue")
 @shared
 @ref_argument()
 @exact_option
@@ -151,7 +151,7 @@ def continue_(options: Options, ref: str, exact: bool, model: str | None, dtype:
         finish(options, talk, lambda cancel: talk.branch.continue_reply(cancel=cancel, **how))
 
 
-@click.command(short_help="Get another reply to the last message.")
+@click.command()
 @shared
 @ref_argument()
 @exact_option

@@ -23,7 +23,7 @@ BUNDLES = ("protobuf", "msgpack")
 TRANSCRIPTS = ("markdown", "openai")
 
 
-@click.command(short_help="Write a conversation to a file.")
+@click.command()
 @shared
 @ref_argument()
 @click.option("-o", "--output", metavar="FILE", required=True, help='Where to ("-": stdout).')
@@ -77,7 +77,7 @@ def export(options: Options, ref: str, output: str, kind: str, text_only: bool) 
     return dim(f"{'stdout' if output == '-' else output}: {done.turns} turns{state}, {size(done.bytes)}")
 
 
-@click.command("import", short_help="Read a conversation from a file.")
+@click.command("import")
 @shared
 @click.argument("file", metavar="FILE|-")
 @click.option("--as", "name", metavar="NAME", help="The session to make, or to add to (default: its own name).")

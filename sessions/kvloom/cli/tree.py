@@ -25,7 +25,7 @@ LEAST_TEXT = 8
 """Columns below which the first words of a turn are left out."""
 
 
-@click.command(short_help="Draw a session as a tree.")
+@click.command()
 @shared
 @ref_argument("session", metavar="SESSION")
 @click.option("--svg", metavar="FILE", help="Write it as a picture instead (- is stdout).")

@@ -20,7 +20,7 @@ DAMAGED = 10
 """The exit code where something is not as it was written."""
 
 
-@click.command(short_help="Check the state down to a point, or compute it again and compare.")
+@click.command()
 @shared
 @ref_argument()
 @click.option("--replay", is_flag=True, help="Run all its recorded passes again, and compare every row.")

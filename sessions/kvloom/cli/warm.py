@@ -43,7 +43,7 @@ class _Place:
         return {"session": self.session, "at": self.at, "plan": plan, "done": done}
 
 
-@click.command(short_help="Compute state that is missing, ahead of time.")
+@click.command()
 @shared
 @click.argument("refs", metavar="REF...", nargs=-1, shell_complete=complete_ref)
 @click.option("--all", "everything", is_flag=True, help="Every branch of every session.")

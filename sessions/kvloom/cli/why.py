@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvloom.why import Difference, Foreseen, Wait, Why
 
 
-@click.command(short_help="Tell what would be reused, and why not more.")
+@click.command()
 @shared
 @ref_argument()
 @click.argument("text", metavar="[TEXT|-]", required=False)
