@@ -43,7 +43,7 @@ def state(model: str, dtype: str, tokens: int) -> list[Chunk]:
 def measure(chunks: list[Chunk], name: str, rounds: int = ROUNDS) -> dict[str, Any]:
     """Times smaller, bits an element, and GB/s of raw bytes, the best of some rounds."""
     from kvloom_store import codec
-    from kvloom_store.restore import DECODERS
+    from kvloom_store.loading import READERS
 
     def pack() -> list[tuple[str, bytes]]:
         return [codec.encode(chunk.raw, chunk.item_bytes, name) for chunk in chunks]
@@ -55,7 +55,7 @@ def measure(chunks: list[Chunk], name: str, rounds: int = ROUNDS) -> dict[str, A
     packed = pack()
     raw, stored = sum(len(chunk.raw) for chunk in chunks), sum(len(each) for _, each in packed)
     each = range(len(chunks))
-    with ThreadPoolExecutor(DECODERS) as pool:
+    with ThreadPoolExecutor(READERS) as pool:
         seconds = {
             "pack": min(timed(pack)[0] for _ in range(2)),
             "unpack": min(timed(lambda: [unpack(at) for at in each])[0] for _ in range(rounds)),
@@ -65,7 +65,7 @@ def measure(chunks: list[Chunk], name: str, rounds: int = ROUNDS) -> dict[str, A
         "times_smaller": raw / stored,
         "bits": 8 * stored / (raw / chunks[0].item_bytes),
         "used": sorted({used for used, _ in packed}),
-        "threads": DECODERS,
+        "threads": READERS,
         "gb_per_second": {which: raw / each / 1e9 for which, each in seconds.items()},
     }
 

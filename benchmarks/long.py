@@ -158,6 +158,7 @@ def restore(store: Path, tokens: int, case: str) -> dict[str, float]:
     """What is read ahead of a turn while a model is being loaded, here with nothing beside it; then once more into the
     same memory."""
     from kvloom.prefetch import Prefetch
+    from kvloom_store import loading
     from kvloom_store import restore as stored
 
     opened, database = timed(lambda: Database(store))
@@ -172,7 +173,7 @@ def restore(store: Path, tokens: int, case: str) -> dict[str, float]:
     with database.read() as conn:
         links = stored.chain(conn, plan.rows[-1].segment)
         used = time.process_time()
-        again = timed(lambda: stored.load(conn, links, plan.rows, plan.windows, rows))[0]
+        again = timed(lambda: loading.load(conn, links, plan.rows, plan.windows, rows))[0]
         again_processor = time.process_time() - used
     found = {"open": opened, "seconds": seconds, "processor": processor} | _over(memory, size)
     found |= {"again": again, "again_processor": again_processor}

@@ -66,7 +66,7 @@ def run(dtype: str = "bfloat16", prefix: int = PREFIX, measured: int = MEASURED)
 
 def stored(loom: Any, ids: list[int], codec: str) -> tuple[int, Any]:
     """Bytes of the state of some tokens once it is stored with a codec, and a live state with what comes back."""
-    from kvloom_store import held, planner, recode, restore, trie
+    from kvloom_store import held, loading, planner, recode, restore, trie
     from kvloom_store.rows import RowBuffer
 
     live = loom.engine.new_state(len(ids))
@@ -82,7 +82,7 @@ def stored(loom: Any, ids: list[int], codec: str) -> tuple[int, Any]:
     with loom.database.read() as conn:
         links = restore.chain(conn, found.segment)
         plan = planner.plan(links, len(ids), live.layers)
-        restore.load(conn, links, plan.rows, plan.windows, buffer)
+        loading.load(conn, links, plan.rows, plan.windows, buffer)
     back = loom.engine.new_state(buffer.capacity, buffer)
     back.show(len(ids))
     return size, back

@@ -91,14 +91,14 @@ def _tensor(rows: Any, dtype: str) -> Any:
 
 
 def _kvloom(conn: sa.Connection, session: str, tokens: int) -> RowBuffer:
-    from kvloom_store import planner, restore
+    from kvloom_store import loading, planner
     from kvloom_store.rows import RowBuffer
 
     links = _links(conn, session)
     layers = links[-1].manifest.layers
     plan = planner.plan(links, tokens, layers)
     buffer = RowBuffer(layers, tokens + ROOM)
-    restore.load(conn, links, plan.rows, plan.windows, buffer)
+    loading.load(conn, links, plan.rows, plan.windows, buffer)
     return buffer
 
 

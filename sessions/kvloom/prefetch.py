@@ -10,7 +10,7 @@ import threading
 
 from kvloom_proto.errors import KVLoomError
 from kvloom_proto.records import LayerSpec
-from kvloom_store import planner, refs, restore, turns
+from kvloom_store import loading, planner, refs, restore, turns
 from kvloom_store.database import Database
 from kvloom_store.names import Ref
 from kvloom_store.planner import Plan
@@ -59,7 +59,7 @@ class Prefetch:
             layers = links[-1].manifest.layers
             self.plan = planner.plan(links, end, layers)
             buffer = RowBuffer(layers, end + ROOM)
-            self.bytes_read = restore.load(conn, links, self.plan.rows, self.plan.windows, buffer)
+            self.bytes_read = loading.load(conn, links, self.plan.rows, self.plan.windows, buffer)
         self._buffer = buffer
 
 

@@ -24,7 +24,7 @@ from kvloom.live import TORCH_DTYPES, Link, LiveState
 from kvloom.passes import KEYFRAME_SPACING
 from kvloom.prefetch import Prefetch
 from kvloom_proto.records import LayerKind, Schedule
-from kvloom_store import healing, held, planner, restore, segments, trie, turns
+from kvloom_store import healing, held, loading, planner, restore, segments, trie, turns
 from kvloom_store.database import Database
 from kvloom_store.errors import StateDropped
 from kvloom_store.planner import StateDamaged, StateInexact
@@ -462,10 +462,10 @@ class Resumer:
             windows = tuple(planner.Read(r.segment, max(r.start, kept), r.end) for r in windows if r.end > kept)
             base = live.window_base
         if isinstance(live.source, RowBuffer):
-            _count(account, rows, windows, restore.load(conn, links, rows, windows, live.source))
+            _count(account, rows, windows, loading.load(conn, links, rows, windows, live.source))
         elif rows or windows:
             staging = RowBuffer(live.layers, plan.position)
-            _count(account, rows, windows, restore.load(conn, links, rows, windows, staging))
+            _count(account, rows, windows, loading.load(conn, links, rows, windows, staging))
             for kinds, reads in (((LayerKind.ROWS, LayerKind.BLOCKS), rows), ((LayerKind.WINDOW,), windows)):
                 if reads:
                     live.take(staging, kinds, reads[0].start, reads[-1].end)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from kvloom_store import held, planner, restore, segments, trie, turns
+from kvloom_store import held, loading, planner, restore, segments, trie, turns
 from kvloom_store.planner import Plan, StateDamaged
 from kvloom_store.rows import RowBuffer
 from kvloom_store.schema import chunk
@@ -139,7 +139,7 @@ def _loadable(
         if exact:
             planner.check_exact(links, plan.rows)
         if verify:
-            restore.load(conn, links, plan.rows, plan.windows, RowBuffer(layers, upto))
+            loading.load(conn, links, plan.rows, plan.windows, RowBuffer(layers, upto))
             if plan.keyframe is not None and plan.keyframe.segment is not None:
                 restore.load_keyframe(conn, links, plan.keyframe)
     except StateDamaged:

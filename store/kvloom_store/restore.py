@@ -1,18 +1,13 @@
-"""How state comes back: the chain of segments, and the rows and keyframes that a plan names (``planner``).
+"""How state comes back: the chain of segments that a segment stands on, what is stored of one, checked, and keyframes.
 
-``chain`` finds the segments that a segment stands on in one query; ``load`` reads the chunks in the order they lie in
-the file (segment, kind, layer, position), checks each one and copies its rows straight to their place. What is packed
-is unpacked on other threads, while the next blobs are read.
+The rows that a plan names (``planner``) are brought back by ``loading``.
 """
 
 from __future__ import annotations
 
 import math
-import os
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
@@ -20,40 +15,20 @@ import sqlalchemy as sa
 from kvloom_proto.codecs import LOSSY, RAW
 from kvloom_proto.errors import ChecksumMismatch, FormatError
 from kvloom_proto.records import (
-    STORED_BY_ROW,
     ChunkSpec,
     LayerKind,
     LayerSpec,
-    Manifest,
-    TensorSpec,
     covered,
     dtype_of,
     expand,
 )
-from kvloom_store import codec, quantized, sqlite
+from kvloom_store import codec, quantized
 from kvloom_store.checksum import checked, digest, row_checksum
 from kvloom_store.errors import CorruptRow
-from kvloom_store.planner import Keyframe, Link, Read, StateDamaged
-from kvloom_store.rows import Frame, Rows, RowSource, element_type, shape_with
+from kvloom_store.planner import Keyframe, Link, StateDamaged
+from kvloom_store.rows import Frame, Rows, element_type
 from kvloom_store.schema import chunk, segment
 from kvloom_store.segments import item_bytes
-
-QUERY_SEGMENTS = 500
-"""Segments asked for in one query: databases bound the number of parameters."""
-
-DECODERS = min(os.cpu_count() or 1, 4)
-"""Threads that unpack, and chunks that wait for one: each holds its packed and its raw bytes."""
-
-MAPPED_BYTES = 64 << 20
-"""State that is read before the pages of the file are let go of: while they are mapped, they count as the program's
-memory, which would be twice that of long state."""
-
-_Wanted = dict[tuple[int, int, int], tuple[Read, Manifest, ChunkSpec]]
-"""Chunks to read, by segment, layer and position: the read that each is for, and how it was written."""
-
-
-class RowSink(RowSource, Protocol):
-    """Rows that can be written through the views it gives."""
 
 
 def chain(conn: sa.Connection, segment_id: int) -> list[Link]:
@@ -120,88 +95,6 @@ def read_back(conn: sa.Connection, link: Link, upto: int) -> Iterator[tuple[Chun
         yield spec, raw
 
 
-def load(
-    conn: sa.Connection, links: Sequence[Link], rows: Sequence[Read], windows: Sequence[Read], sink: RowSink
-) -> int:
-    """Read rows of a chain into ``sink``, every chunk checked; the bytes read.
-
-    Raises:
-        StateDamaged: a chunk is missing or not what was written.
-    """
-    by_id = {link.id: link for link in links}
-    parts: list[tuple[LayerKind, Sequence[Read], _Wanted]] = []
-    for kind in STORED_BY_ROW:
-        reads = windows if kind == LayerKind.WINDOW else rows
-        wanted = {
-            (read.segment, spec.layer, spec.position): (read, by_id[read.segment].manifest, spec)
-            for read in reads
-            for spec in by_id[read.segment].manifest.chunks
-            if spec.kind == kind and read.start < spec.position + spec.tokens and spec.position < read.end
-        }
-        parts += [(kind, reads, part) for part in _parts(wanted)]
-    total = mapped = 0
-    for kind, reads, part in parts:
-        if mapped >= MAPPED_BYTES:
-            sqlite.unmap(conn)
-            mapped = 0
-        size = _load_wanted(conn, kind, reads, part, sink)
-        total, mapped = total + size, mapped + size
-    return total
-
-
-def _parts(wanted: _Wanted) -> Iterator[_Wanted]:
-    """The same chunks in the order in which they lie in the file, about MAPPED_BYTES at a time."""
-    part: _Wanted = {}
-    size = 0
-    for key in sorted(wanted):
-        part[key] = wanted[key]
-        size += wanted[key][2].stored_length
-        if size >= MAPPED_BYTES:
-            yield part
-            part, size = {}, 0
-    if part:
-        yield part
-
-
-def _load_wanted(
-    conn: sa.Connection,
-    kind: LayerKind,
-    reads: Sequence[Read],
-    wanted: _Wanted,
-    sink: RowSink,
-) -> int:
-    total, intact = 0, min(read.start for read in reads)
-    pending: deque[Future[None]] = deque()
-    with ThreadPoolExecutor(DECODERS, "kvloom-decode") as pool:  # it starts no thread before there is work for one
-        try:
-            for values in _blobs(conn, kind, reads, wanted):
-                found = wanted.pop((values["segment"], values["layer"], values["position"]), None)
-                if found is None:
-                    continue
-                read, manifest, spec = found
-                total += spec.stored_length
-                if spec.codec == RAW:  # checking and one copy: handing it over would cost as much
-                    _put(values, read, manifest, spec, sink)
-                    continue
-                pending.append(pool.submit(_put, values, read, manifest, spec, sink))
-                if len(pending) > DECODERS:
-                    pending.popleft().result()
-            for each in pending:
-                each.result()
-        except FormatError as error:
-            raise StateDamaged(str(error), intact) from error
-    if wanted:
-        raise StateDamaged(f"{len(wanted)} chunks are missing", intact)
-    return total
-
-
-def _put(values: dict[str, Any], read: Read, manifest: Manifest, spec: ChunkSpec, sink: RowSink) -> None:
-    """Check a chunk, and copy the rows of a read to their place. Raises FormatError."""
-    layers = expand(manifest.layers)
-    raw = checked_raw(values, layers, read.segment, spec)
-    _scatter(raw, layers, spec, max(spec.position, read.start), min(spec.position + spec.tokens, read.end), sink)
-
-
 def load_keyframe(conn: sa.Connection, links: Sequence[Link], keyframe: Keyframe) -> tuple[Frame, int]:
     """Read a stored keyframe, every chunk checked: its tensors by layer, and the bytes read.
 
@@ -244,46 +137,22 @@ def load_keyframe(conn: sa.Connection, links: Sequence[Link], keyframe: Keyframe
     return frame, total
 
 
-def _blobs(conn: sa.Connection, kind: LayerKind, reads: Sequence[Read], wanted: _Wanted) -> Iterator[dict[str, Any]]:
-    """The chunks of a plan, one at a time, in the order of the primary key, which is that of the file."""
-    order = (chunk.c.segment, chunk.c.kind, chunk.c.layer, chunk.c.position)
-    positions: dict[int, list[int]] = {}
-    for segment_id, _, position in wanted:
-        positions.setdefault(segment_id, []).append(position)
-    # Where a branch has left a segment, the segment goes on: that part of it is another path's, and may be long.
-    left = {
-        read.segment: sa.or_(chunk.c.segment != read.segment, chunk.c.position <= max(positions[read.segment]))
-        for read, manifest, _ in wanted.values()
-        if read.end < manifest.end
-    }
-    for first in range(0, len(reads), QUERY_SEGMENTS):
-        some = [read.segment for read in reads[first : first + QUERY_SEGMENTS] if read.segment in positions]
-        if not some:
-            continue
-        query = sa.select(chunk).where(
-            chunk.c.segment.in_(some),
-            chunk.c.kind == int(kind),
-            sa.tuple_(chunk.c.segment, chunk.c.layer, chunk.c.position).between(min(wanted), max(wanted)),
-            chunk.c.position >= min(min(positions[each]) for each in some),
-            chunk.c.position <= max(max(positions[each]) for each in some),
-            *(left[each] for each in some if each in left),
-        )
-        for row in conn.execute(query.order_by(*order)):  # fetched one by one: only one blob is in memory
-            yield dict(row._mapping)
-
-
-def checked_raw(values: dict[str, Any], layers: list[LayerSpec], segment_id: int, spec: ChunkSpec) -> codec.Buffer:
+def checked_raw(values: Mapping[str, Any], layers: list[LayerSpec], segment_id: int, spec: ChunkSpec) -> codec.Buffer:
     """The raw bytes of a chunk's row, if it is what was written. Raises FormatError, ChecksumMismatch among them."""
-    stored = values["blob"]
-    found = digest(stored) if isinstance(stored, bytes) else b""
-    what = f"chunk {spec.layer} at {spec.position} of segment {segment_id}"
-    if found != spec.stored_digest:
-        raise ChecksumMismatch(what, spec.stored_digest, found)
-    row = {**values, "blob": found}
+    raw = raw_of(values["blob"], layers, segment_id, spec)
+    row = {**values, "blob": spec.stored_digest}
     checksum = row.pop("checksum")
     actual = row_checksum(chunk, row)
     if checksum != actual:
-        raise ChecksumMismatch(what, checksum, actual)
+        raise ChecksumMismatch(_named(spec, segment_id), checksum, actual)
+    return raw
+
+
+def raw_of(stored: object, layers: list[LayerSpec], segment_id: int, spec: ChunkSpec) -> codec.Buffer:
+    """The raw bytes of a chunk, if its blob is what the manifest says. Raises FormatError (ChecksumMismatch)."""
+    found = digest(stored) if isinstance(stored, bytes) else b""
+    if not isinstance(stored, bytes) or found != spec.stored_digest:
+        raise ChecksumMismatch(_named(spec, segment_id), spec.stored_digest, found)
     if spec.codec == RAW:
         return codec.decode(stored, 1, spec.raw_length, RAW)
     if spec.codec in LOSSY:
@@ -291,30 +160,9 @@ def checked_raw(values: dict[str, Any], layers: list[LayerSpec], segment_id: int
     else:
         raw = codec.decode(stored, item_bytes(layers, spec), spec.raw_length, spec.codec)
     if digest(raw) != spec.raw_digest:
-        raise ChecksumMismatch(what, spec.raw_digest, digest(raw))
+        raise ChecksumMismatch(_named(spec, segment_id), spec.raw_digest, digest(raw))
     return raw
 
 
-def _scatter(raw: codec.Buffer, layers: list[LayerSpec], spec: ChunkSpec, start: int, end: int, sink: RowSink) -> None:
-    """Copy rows [start, end) of a chunk to their place."""
-    numbers = covered(layers, spec)
-    block = sink.block(numbers, start, end)
-    if block is not None:  # one copy, and one hold of the interpreter's lock, for all layers of the chunk
-        tensor, count, take = _taken(layers[numbers[0]], 0, spec, start, end)
-        whole = np.frombuffer(raw, block.dtype).reshape(*block.shape[:2], *shape_with(tensor, count))
-        block[...] = whole[(slice(None),) * (2 + tensor.token_axis) + (take,)]
-        return
-    at = 0
-    for number in numbers:
-        for index in range(len(layers[number].tensors)):
-            tensor, count, take = _taken(layers[number], index, spec, start, end)
-            shape = shape_with(tensor, count)
-            rows = np.frombuffer(raw, element_type(tensor.dtype), math.prod(shape), at).reshape(shape)
-            at += tensor.row_bytes * count
-            sink.rows(number, index, start, end)[...] = rows[(slice(None),) * tensor.token_axis + (take,)]
-
-
-def _taken(layer: LayerSpec, index: int, spec: ChunkSpec, start: int, end: int) -> tuple[TensorSpec, int, slice]:
-    """A tensor of a layer, how many of its rows a chunk holds, and which of those belong to positions [start, end)."""
-    first, last = layer.rows_before(spec.position), layer.rows_before(spec.position + spec.tokens)
-    return layer.tensors[index], last - first, slice(layer.rows_before(start) - first, layer.rows_before(end) - first)
+def _named(spec: ChunkSpec, segment_id: int) -> str:
+    return f"chunk {spec.layer} at {spec.position} of segment {segment_id}"

@@ -122,6 +122,9 @@ segment = _table(
 lossy: 0, or the sum of 1 (its rows are stored with loss; digest is that of the exact ones) and 2 (it was computed on
 rows that were not exact)."""
 
+PLACE = "inline"
+"""Where the bytes of a chunk are: in its row."""
+
 chunk = _table(
     "chunk",
     Column("segment", Integer, ForeignKey("segment.id"), primary_key=True, autoincrement=False),

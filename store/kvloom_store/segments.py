@@ -36,7 +36,7 @@ from kvloom_store.codec import Buffer
 from kvloom_store.database import Database, allocate, now_us
 from kvloom_store.errors import StateDropped
 from kvloom_store.rows import Captured
-from kvloom_store.schema import chunk, provenance, segment, turn_state
+from kvloom_store.schema import PLACE, chunk, provenance, segment, turn_state
 
 TRANSACTION_BYTES = 8 << 20
 """State written in one transaction: what a turn that commits meanwhile has to wait for."""
@@ -227,7 +227,7 @@ def chunk_row(segment_id: int, spec: ChunkSpec, stored: bytes) -> dict[str, Any]
         "kind": int(spec.kind),
         "layer": spec.layer,
         "position": spec.position,
-        "place": "inline",
+        "place": PLACE,
         "length": len(stored),
         "blob": spec.stored_digest,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sqlite3
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -243,6 +244,26 @@ def cells_unchecked(conn: sa.Connection) -> Iterator[None]:
         yield
     finally:
         conn.exec_driver_sql("PRAGMA cell_size_check=ON").close()
+
+
+ROW: sa.ColumnClause[int] = sa.column("rowid", sa.Integer)
+"""Where a row of a table lies, for ``read_blob``: good for one transaction."""
+
+
+def read_blob(conn: sa.Connection, table: str, column: str, row: int, size: int) -> bytes | None:
+    """A blob of ``size`` bytes, copied once on its way out; None where the row is gone or holds something else."""
+    driver = conn.connection.driver_connection
+    assert driver is not None
+    try:
+        with driver.blobopen(table, column, row, readonly=True) as blob:
+            found: bytes | None = blob.read() if len(blob) == size else None
+            return found
+    except sqlite3.OperationalError as error:
+        if "no such rowid" in str(error) or "cannot open value" in str(error):
+            return None
+        raise OperationalError(f"blob of {table}", None, error) from error
+    except sqlite3.Error as error:
+        raise DatabaseError(f"blob of {table}", None, error) from error
 
 
 SHRINK_PAGES = 512

@@ -15,7 +15,7 @@ from exact import harness, trials, worker
 from kvloom.live import LiveState
 from kvloom.row_layers import WindowLayer
 from kvloom_proto.records import STORED_BY_ROW, expand
-from kvloom_store import restore
+from kvloom_store import loading, restore
 from kvloom_store.database import Database
 from kvloom_store.rows import Captured
 
@@ -79,7 +79,7 @@ def test_rows_loaded_wrongly_fail_the_trials(
 ) -> None:
     scenario = conversation(tmp_path, kind)
     assert restored(tmp_path, scenario) == set()
-    load = restore.load
+    load = loading.load
 
     def wrong(conn: Any, links: Any, rows: Any, windows: Any, sink: Any) -> int:
         read = load(conn, links, rows, windows, sink)
@@ -88,7 +88,7 @@ def test_rows_loaded_wrongly_fail_the_trials(
         ROWS[mutant](layers, sink, max(each.end for each in (*rows, *windows)))
         return read
 
-    monkeypatch.setattr(restore, "load", wrong)
+    monkeypatch.setattr(loading, "load", wrong)
     assert restored(tmp_path, scenario) == {"L0", "L1"}
 
 

@@ -31,7 +31,7 @@ from kvloom.errors import EngineError
 from kvloom.live import LiveState, _DeviceRows
 from kvloom.loom import KVLoom
 from kvloom_proto.records import STORED_BY_ROW, LayerKind
-from kvloom_store import restore
+from kvloom_store import loading, restore
 from kvloom_store.schema import chunk
 
 FIRST = "Who was it?"
@@ -218,7 +218,7 @@ def test_ctrl_c_while_state_is_read_leaves_nothing_that_is_taken_for_state(
     with opened(store_path, kind) as loom:
         session = loom.find("talk")
         digests(loom, session.branch("main"))  # in memory is the longer branch, as it was read
-        load = restore.load
+        load = loading.load
 
         def stopped(conn: Any, links: Any, rows: Any, windows: Any, sink: Any) -> int:
             if first != "rows":
@@ -228,7 +228,7 @@ def test_ctrl_c_while_state_is_read_leaves_nothing_that_is_taken_for_state(
         state = tip(session.branch("short"))
         ids = ids_of(loom, session.branch("short"))[: state.state_end]
         with monkeypatch.context() as patch:
-            patch.setattr(restore, "load", stopped)
+            patch.setattr(loading, "load", stopped)
             patch.setattr(restore, "load_keyframe", stopped)
             with pytest.raises(KeyboardInterrupt):
                 loom.resumer.resume(ids, state, room=1, logits=False)

@@ -21,7 +21,7 @@ from kvloom_proto.records import (
     expand,
     read_manifest,
 )
-from kvloom_store import healing, planner, restore, roots, segments, trie
+from kvloom_store import healing, loading, planner, restore, roots, segments, trie
 from kvloom_store.database import Database
 from kvloom_store.planner import Keyframe
 from kvloom_store.rows import Captured, Frame, RowBuffer, element_type
@@ -119,7 +119,7 @@ class Store:
         with self.database.read() as conn:
             links = restore.chain(conn, segment_id)
             plan = planner.plan(links, position, layers, in_memory=True)
-            return sink, restore.load(conn, links, plan.rows, plan.windows, sink)
+            return sink, loading.load(conn, links, plan.rows, plan.windows, sink)
 
     def frame(self, segment_id: int, position: int) -> tuple[Frame, int]:
         with self.database.read() as conn:

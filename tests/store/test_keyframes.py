@@ -29,7 +29,7 @@ from kvloom_proto.records import (
     pack,
     read_manifest,
 )
-from kvloom_store import restore, segments
+from kvloom_store import loading, restore, segments
 from kvloom_store.checksum import digest
 from kvloom_store.planner import Read
 from kvloom_store.rows import RowBuffer
@@ -174,8 +174,8 @@ def test_nothing_is_read_that_is_in_memory_already(store: Store) -> None:
     made = store.write(filled(MIXED, 640), 0, 640)
     with store.database.read() as conn:
         links = restore.chain(conn, made)
-        assert restore.load(conn, links, [], [], RowBuffer(MIXED, 640)) == 0
-        last = restore.load(conn, links, [], [Read(made, 639, 640)], RowBuffer(MIXED, 640))
+        assert loading.load(conn, links, [], [], RowBuffer(MIXED, 640)) == 0
+        last = loading.load(conn, links, [], [Read(made, 639, 640)], RowBuffer(MIXED, 640))
     assert last == 2 * 32 * ROW
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sqlite3
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # where the measurements lie, as for ``python -m benchmarks``
 
@@ -13,8 +16,9 @@ from benchmarks import long
 
 from kvloom.prefetch import Prefetch
 from kvloom_proto import limits
-from kvloom_store import restore
+from kvloom_store import loading, planner, restore, schema
 from kvloom_store.database import Database
+from kvloom_store.rows import RowBuffer
 
 TOKENS = 6_000
 
@@ -46,27 +50,78 @@ def brought_back(store: Path) -> dict[str, int]:
 @linux
 def test_long_state_is_read_into_its_own_memory_and_that_of_some_chunks(store, monkeypatch):
     size = TOKENS * long.ROW_BYTES
-    assert size <= restore.MAPPED_BYTES
+    assert size <= loading.MAPPED_BYTES
     mapped = brought_back(store)
     assert mapped["mapped"] > 0.9 * size, "this much is read mapped, and the file's pages count as ours"
-    monkeypatch.setattr(restore, "MAPPED_BYTES", size // 16)
+    monkeypatch.setattr(loading, "MAPPED_BYTES", size // 16)
     memory = brought_back(store)
     assert memory["mapped"] < size // 16 + 2 * limits.CHUNK_BYTES
     assert memory["peak"] < 1.1 * size + size // 16 + 4 * limits.CHUNK_BYTES
 
 
-def test_pages_are_let_go_of_after_so_many_bytes_and_no_chunk_is_read_twice(store, monkeypatch):
-    let_go, real, read = [], restore.sqlite.unmap, []
-    monkeypatch.setattr(restore.sqlite, "unmap", lambda conn: let_go.append(True) or real(conn))
-    real_blobs = restore._blobs
-    monkeypatch.setattr(
-        restore, "_blobs", lambda *given: (read.append(len(values["blob"])) or values for values in real_blobs(*given))
-    )
+@pytest.mark.parametrize("readers", [1, 3])
+def test_pages_are_let_go_of_after_so_many_bytes_and_no_chunk_is_read_twice(store, monkeypatch, readers):
+    let_go, real, read, real_read = [], loading.sqlite.unmap, [], loading.sqlite.read_blob
+    monkeypatch.setattr(loading.sqlite, "unmap", lambda conn: let_go.append(True) or real(conn))
+    monkeypatch.setattr(loading.sqlite, "read_blob", lambda *given: read.append(given[4]) or real_read(*given))
+    monkeypatch.setattr(loading, "READERS", readers)
     size = TOKENS * long.ROW_BYTES
     for parts in (1, 4):
-        monkeypatch.setattr(restore, "MAPPED_BYTES", size // parts)
+        monkeypatch.setattr(loading, "MAPPED_BYTES", size // parts)
         let_go.clear()
         read.clear()
         brought_back(store)
-        assert abs(len(let_go) - (parts - 1)) <= 1
+        assert parts - 1 <= len(let_go) <= parts * readers, "each connection maps its share"
         assert sum(read) == size
+
+
+@pytest.mark.parametrize("failure", ["connect", "another snapshot", "malformed"])
+def test_what_a_helping_thread_cannot_read_is_read_by_the_one_that_asked(store, monkeypatch, failure):
+    real_read, real_begin = loading.sqlite.read_blob, sa.Engine.begin
+    failures: list[str] = []
+
+    def helping() -> bool:
+        here = threading.current_thread().name
+        if here.startswith("kvloom-read"):
+            failures.append(here)
+        return here.startswith("kvloom-read")
+
+    def read_blob(*given):
+        if helping() and failure == "another snapshot":
+            return None
+        if failure == "malformed" and helping():
+            raise sa.exc.DatabaseError("blob", None, sqlite3.DatabaseError("database disk image is malformed"))
+        return real_read(*given)
+
+    def begin(engine):
+        if failure == "connect" and helping():
+            raise sa.exc.OperationalError("connect", None, sqlite3.OperationalError("unable to open database file"))
+        return real_begin(engine)
+
+    monkeypatch.setattr(loading, "READERS", 2)
+    monkeypatch.setattr(loading.sqlite, "read_blob", read_blob)
+    monkeypatch.setattr(sa.Engine, "begin", begin)
+    brought_back(store)
+    assert failures
+
+
+def test_a_stop_while_others_read_stops_them_too(store, monkeypatch):
+    real_read, read = loading.sqlite.read_blob, []
+
+    def read_blob(*given):
+        read.append(threading.current_thread().name)
+        if not read[-1].startswith("kvloom-read"):
+            raise KeyboardInterrupt
+        return real_read(*given)
+
+    monkeypatch.setattr(loading, "READERS", 2)
+    monkeypatch.setattr(loading.sqlite, "read_blob", read_blob)
+    database = Database(store)
+    with database.read() as conn:
+        links = restore.chain(conn, conn.execute(sa.select(schema.segment.c.id)).scalar_one())
+        plan = planner.plan(links, TOKENS, long.LAYERS)
+        with pytest.raises(KeyboardInterrupt):
+            loading.load(conn, links, plan.rows, plan.windows, RowBuffer(long.LAYERS, TOKENS))
+    assert len(read) < len(links[0].manifest.chunks)
+    assert not [each for each in threading.enumerate() if each.name.startswith("kvloom-read")]
+    database.close()

@@ -14,7 +14,7 @@ from states import MIXED, Store, at, filled, same_frame, same_rows
 from kvloom_proto import codecs
 from kvloom_proto.errors import FormatError, UnknownCodec
 from kvloom_proto.records import ChunkSpec, LayerKind, LayerSpec, Manifest, TensorSpec, pack, read_manifest
-from kvloom_store import planner, quantized, recode, restore, segments
+from kvloom_store import loading, planner, quantized, recode, restore, segments
 from kvloom_store.planner import StateDamaged
 from kvloom_store.rows import Captured, RowBuffer
 from kvloom_store.schema import chunk, segment
@@ -85,7 +85,7 @@ def test_a_reader_that_began_before_sees_the_old_form_and_a_later_one_the_new(st
         plan = planner.plan(links, LENGTH, MIXED, in_memory=True)
         recode.recode(store.database, [made], codecs.ZSTD)
         sink = RowBuffer(MIXED, LENGTH)
-        restore.load(conn, links, plan.rows, plan.windows, sink)
+        loading.load(conn, links, plan.rows, plan.windows, sink)
     assert same_rows(SOURCE.rows, sink, ROWS[:1], 0, LENGTH)
     assert is_whole(store, made)
 

@@ -27,6 +27,7 @@ from kvloom_store import (
     checksum,
     fulltext,
     held,
+    loading,
     planner,
     refs,
     removal,
@@ -130,7 +131,7 @@ def state_read(conn: sa.Connection, made: Synthetic) -> None:
     assert found is not None
     links = restore.chain(conn, found.segment)
     plan = planner.plan(links, len(ids), synthetic.LAYERS)
-    restore.load(conn, links, plan.rows, plan.windows, RowBuffer(synthetic.LAYERS, len(ids)))
+    loading.load(conn, links, plan.rows, plan.windows, RowBuffer(synthetic.LAYERS, len(ids)))
 
 
 @pytest.mark.parametrize("action", [looked_up, log_read, tree_read, state_read])
@@ -301,7 +302,7 @@ def test_hits_in_one_session_cost_no_more_statements_the_more_they_are(stores):
 
 
 def test_checks_that_a_search_and_a_long_restore_leave_out_are_made_again_afterwards(stores, monkeypatch):
-    monkeypatch.setattr(restore, "MAPPED_BYTES", 0)
+    monkeypatch.setattr(loading, "MAPPED_BYTES", 0)
 
     def pragma(conn: sa.Connection, name: str) -> int:
         return int(conn.exec_driver_sql(f"PRAGMA {name}").scalar_one())

@@ -32,7 +32,7 @@ from kvloom_proto.records import (
     read_manifest,
     read_schedule,
 )
-from kvloom_store import healing, planner, restore, roots, segments, trie
+from kvloom_store import healing, loading, planner, restore, roots, segments, trie
 from kvloom_store.database import Database
 from kvloom_store.planner import Link, Read, StateDamaged
 from kvloom_store.rows import Captured, RowBuffer
@@ -107,7 +107,7 @@ class Store:
         with self.database.read() as conn:
             links = restore.chain(conn, segment_id)
             plan = planner.plan(links, upto, layers)
-            restore.load(conn, links, plan.rows, plan.windows, sink)
+            loading.load(conn, links, plan.rows, plan.windows, sink)
         return sink
 
     def count(self, table: sa.Table) -> int:
@@ -223,7 +223,7 @@ def test_windows_let_a_restore_read_a_fraction_wherever_a_branch_left_its_path(s
                 links = restore.chain(conn, segment_id)
                 plan = planner.plan(links, position, GEMMA)
                 counting: Any = Counting(conn)
-                read = restore.load(counting, links, plan.rows, plan.windows, RowBuffer(GEMMA, position))
+                read = loading.load(counting, links, plan.rows, plan.windows, RowBuffer(GEMMA, position))
             assert counting.bytes == read, "what is not wanted is not fetched either"
             assert position * row / read >= 4.3, (left, position)
 
