@@ -26,7 +26,7 @@ from benchmarks import page
 from benchmarks.common import machine
 from benchmarks.processes import ROOT
 
-ON_PAGE = ("first_token", "turn", "restore", "capture", "decode", "memory", "tree", "codec", "fork", "scale")
+ON_PAGE = ("first_token", "turn", "restore", "capture", "decode", "memory", "tree", "codec", "fork", "start", "scale")
 """In the order of the page. Each is a module of this package with ``run``, ``section`` and ``QUICK``."""
 
 BESIDES = ("siblings", "explore", "windows", "keyframes", "shared_prompts", "replies", "long", "lossy", "grid")

@@ -18,7 +18,7 @@ from tiny import tiny_llama_folder
 sys.path.insert(0, str(Path(__file__).parents[2]))  # where the measurements lie, as for ``python -m benchmarks``
 
 from benchmarks import __main__ as bench
-from benchmarks import first_token, page, plot, processes, report
+from benchmarks import first_token, page, plot, processes, report, start
 
 ROOT = Path(__file__).parents[2]
 SMALL: dict[str, dict[str, Any]] = {
@@ -31,6 +31,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "tree": {"prefix": 100, "branches": 2, "exchanges": 2},
     "codec": {"tokens": 64, "dtypes": ("bfloat16",)},
     "fork": {"lengths": (50, 200), "rounds": 4},
+    "start": {"rounds": 1, "dtypes": ("float32",)},
 }
 
 
@@ -50,6 +51,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             patch.setattr(module, "QUICK", settings)
             if hasattr(module, "in_new_process"):
                 patch.setattr(module, "in_new_process", in_this_process)
+        patch.setattr(start, "until_told", lambda command: {"seconds": float(len(command)), "processor": 0.5})
         assert bench.main(["--quick", "--model", str(model), "--out", str(folder), *SMALL]) == 0
         yield folder
 
@@ -69,6 +71,15 @@ def test_everything_on_the_page_is_measured_and_shown(out: Path, results: dict[s
     assert "make bench QUICK=1" in text
     for named in ("processor", "threads", "load", "torch", "SQLite", "transformers"):
         assert named in text
+
+
+def test_a_command_is_timed_to_its_first_byte_and_one_that_fails_is_not_taken_for_fast():
+    found = start.until_told([sys.executable, "-c", "print(1)"])
+    assert set(found) == {"seconds", "processor"}
+    assert 0 < found["processor"]
+    for program in ("print(1); raise SystemExit(3)", "raise SystemExit(0)"):
+        with pytest.raises(AssertionError):
+            start.until_told([sys.executable, "-c", program])
 
 
 def test_the_page_and_its_plots_follow_from_the_json_alone(out: Path, results: dict[str, Any]):
