@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -189,30 +189,34 @@ class Provenance:
     engine: str
 
 
-def expand(layers: tuple[LayerSpec, ...]) -> list[LayerSpec]:
+@lru_cache(maxsize=64)
+def expand(layers: tuple[LayerSpec, ...]) -> tuple[LayerSpec, ...]:
     """The spec of each single layer, in order."""
-    return [spec for spec in layers for _ in range(spec.count)]
+    return tuple(spec for spec in layers for _ in range(spec.count))
 
 
-def covered(layers: list[LayerSpec], chunk: ChunkSpec) -> list[int]:
+def covered(layers: Sequence[LayerSpec], chunk: ChunkSpec) -> list[int]:
     """The layers whose state is in a chunk: those of its range that are of its kind, in order."""
     return [n for n in range(chunk.layer, chunk.layer + chunk.layers) if layers[n].kind == chunk.kind]
 
 
-def dtype_of(layers: list[LayerSpec], chunk: ChunkSpec) -> str:
+def dtype_of(layers: Sequence[LayerSpec], chunk: ChunkSpec) -> str:
     """The dtype of all elements of a chunk; "" where they differ."""
     dtypes = {tensor.dtype for number in covered(layers, chunk) for tensor in layers[number].tensors}
     return dtypes.pop() if len(dtypes) == 1 else ""
 
 
-def may_be_lossy(layers: list[LayerSpec], chunk: ChunkSpec) -> bool:
+def may_be_lossy(layers: Sequence[LayerSpec], chunk: ChunkSpec) -> bool:
     """Whether a chunk holds what a lossy codec may be asked for."""
     return chunk.kind in STORED_BY_ROW and dtype_of(layers, chunk) in codecs.LOSSY_DTYPES
 
 
-def chunk_raw_bytes(layers: list[LayerSpec], chunk: ChunkSpec) -> int:
+def chunk_raw_bytes(layers: Sequence[LayerSpec], chunk: ChunkSpec) -> int:
     """Raw bytes of a chunk."""
-    here = covered(layers, chunk)
+    return _raw_bytes(layers, covered(layers, chunk), chunk)
+
+
+def _raw_bytes(layers: Sequence[LayerSpec], here: Sequence[int], chunk: ChunkSpec) -> int:
     if chunk.kind == LayerKind.BLOCKS:
         end = chunk.position + chunk.tokens
         return sum(layers[n].row_bytes * layers[n].rows_between(chunk.position, end) for n in here)
@@ -412,7 +416,7 @@ def _check_covered_once(manifest: Manifest) -> None:
             raise FormatError("state is stored twice, or for no layer", field="chunk.layer")
         if chunk.codec in codecs.LOSSY and not may_be_lossy(layers, chunk):
             raise FormatError("only rows of floating-point numbers may be stored with loss", field="chunk.codec")
-        if chunk.raw_length != chunk_raw_bytes(layers, chunk):
+        if chunk.raw_length != _raw_bytes(layers, here, chunk):
             raise FormatError("a chunk's length is not that of its state", field="chunk.raw_length")
     if set(reach.values()) - {manifest.end}:
         raise FormatError("the chunks do not cover every row", field="manifest.chunks")

@@ -7,7 +7,7 @@ Tensors that a pass overwrites in place are copied at the points worth coming ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -70,7 +70,7 @@ class _DeviceRows:
     """Rows of tensors that are not in the machine's own memory, fetched as they are asked for."""
 
     tensors: list[list[torch.Tensor]] = field(repr=False)
-    specs: list[LayerSpec]
+    specs: Sequence[LayerSpec]
 
     def rows(self, layer: int, tensor: int, start: int, end: int) -> Rows:
         return to_bits(rows_of(self.specs[layer], self.tensors[layer], tensor, start, end)[0].contiguous().cpu())

@@ -170,7 +170,7 @@ class PathRows:
     """One path's rows in a batch's buffers; the row of position p stands in column p - ``first``."""
 
     tensors: dict[int, list[torch.Tensor]]
-    specs: list[LayerSpec]
+    specs: Sequence[LayerSpec]
     path: int
     first: int
 

@@ -7,7 +7,7 @@ says. Memory: the tokens of the bundle, a few numbers a record, and one chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,7 +129,7 @@ class Contents:
     names: set[str] = field(default_factory=set)
     _paths: dict[int, bytes] = field(default_factory=dict)
     _awaited: list[ChunkSpec] = field(default_factory=list)
-    _layers: list[LayerSpec] = field(default_factory=list)
+    _layers: Sequence[LayerSpec] = field(default_factory=list)
 
     def read(self, reader: Reader) -> Iterator[tuple[Record, Any]]:
         """Every record of a bundle with what was read of it: a CheckedTurn, a CheckedSegment, a ChunkSpec, a mapping.

@@ -101,15 +101,15 @@ def _load_small(
     """Bring back what comes with the query; of the rest, where to find it. Raises FormatError."""
     large: deque[tuple[int, _Wanted]] = deque()
     left = dict(wanted)
-    for values in _rows(conn, kind, reads, wanted):
-        found = left.pop((values["segment"], values["layer"], values["position"]), None)
+    for row in _rows(conn, kind, reads, wanted):
+        found = left.pop((row.segment, row.layer, row.position), None)
         if found is None:
             continue
-        row = values.pop(sqlite.ROW.name)
         if found.spec.stored_length <= SMALL_BYTES:
+            values = {column.name: row._mapping[column.name] for column in chunk.columns}
             found.put(checked_raw(values, expand(found.manifest.layers), found.read.segment, found.spec), sink)
-        elif (values["place"], values["length"]) == (PLACE, found.spec.stored_length):
-            large.append((row, found))  # with its key that is all its row says, but for the blob
+        elif (row.place, row.length) == (PLACE, found.spec.stored_length):
+            large.append((row.rowid, found))  # with its key that is all its row says, but for the blob
         else:
             what = f"chunk {found.spec.layer} at {found.spec.position} of segment {found.read.segment}"
             raise FormatError(f"the row of {what} is not what was written", field="chunk")
@@ -180,7 +180,7 @@ def _take_all(
 
 def _rows(
     conn: sa.Connection, kind: LayerKind, reads: Sequence[Read], wanted: dict[tuple[int, int, int], _Wanted]
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[sa.Row[Any]]:
     """The rows of a plan's chunks, in the order of the primary key, which is that of the file; blobs if small.
 
     What comes behind a large blob in its row is left out with it: to reach it, all of the blob's pages are walked.
@@ -214,11 +214,12 @@ def _rows(
             chunk.c.position <= max(max(positions[each]) for each in some),
             *(left[each] for each in some if each in left),
         )
-        for row in conn.execute(query.order_by(*order)):  # fetched one by one: only one blob is in memory
-            yield dict(row._mapping)
+        yield from conn.execute(query.order_by(*order))  # fetched one by one: only one blob is in memory
 
 
-def _scatter(raw: codec.Buffer, layers: list[LayerSpec], spec: ChunkSpec, start: int, end: int, sink: RowSink) -> None:
+def _scatter(
+    raw: codec.Buffer, layers: Sequence[LayerSpec], spec: ChunkSpec, start: int, end: int, sink: RowSink
+) -> None:
     """Copy rows [start, end) of a chunk to their place."""
     numbers = covered(layers, spec)
     block = sink.block(numbers, start, end)

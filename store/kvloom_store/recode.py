@@ -164,7 +164,7 @@ def _encoded(
 
 
 def _quantized(
-    raw: Buffer, layers: list[LayerSpec], spec: ChunkSpec, codec_name: str
+    raw: Buffer, layers: Sequence[LayerSpec], spec: ChunkSpec, codec_name: str
 ) -> tuple[ChunkSpec, bytes] | None:
     """A chunk as a lossy codec stores it, with the digest of what it decodes to; None if it cannot store these rows."""
     dtype = dtype_of(layers, spec)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -57,9 +57,9 @@ def stats(database: Database, session_row: int | None = None) -> dict[str, Any]:
         }
 
 
-def _layers(conn: sa.Connection, segments: list[sa.Row[Any]]) -> dict[int, list[LayerSpec]]:
+def _layers(conn: sa.Connection, segments: list[sa.Row[Any]]) -> dict[int, Sequence[LayerSpec]]:
     """What the layers of each root's model hold, from the first manifest of its segments that can be read."""
-    found: dict[int, list[LayerSpec]] = {}
+    found: dict[int, Sequence[LayerSpec]] = {}
     for row in segments:
         if row.root not in found:
             manifest = conn.execute(sa.select(segment.c.manifest).where(segment.c.id == row.id)).scalar_one()
@@ -68,7 +68,7 @@ def _layers(conn: sa.Connection, segments: list[sa.Row[Any]]) -> dict[int, list[
     return {root: found.get(root, []) for root in {row.root for row in segments}}
 
 
-def _snapshot(layers: list[LayerSpec], tokens: int) -> int:
+def _snapshot(layers: Sequence[LayerSpec], tokens: int) -> int:
     """Bytes of one whole snapshot of the state after so many tokens."""
     size = 0
     for each in layers:

@@ -92,7 +92,7 @@ class Case:
 @st.composite
 def kinds(draw: st.DrawFn) -> tuple[LayerSpec, ...]:
     some = st.sampled_from([LayerKind.ROWS, LayerKind.WINDOW, LayerKind.KEYFRAME, LayerKind.EMPTY])
-    made: list[LayerSpec] = []
+    made: Sequence[LayerSpec] = []
     for index, kind in enumerate(draw(st.lists(some, min_size=1, max_size=4))):
         window = draw(st.integers(1, 30)) if kind == LayerKind.WINDOW else 0
         made.append(LayerSpec(index, 1, kind, () if kind == LayerKind.EMPTY else (TENSOR,), window))

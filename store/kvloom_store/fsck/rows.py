@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -136,7 +136,7 @@ def chunks(reader: Reader, *, blobs: bool, progress: Progress | None) -> Iterato
             progress(told, max(total, told))
 
 
-_Found = tuple[ChunkSpec, list[LayerSpec]] | None
+_Found = tuple[ChunkSpec, Sequence[LayerSpec]] | None
 
 
 def _chunk(reader: Reader, values: dict[str, Any], found: _Found, blobs: bool) -> Finding | None:
@@ -170,7 +170,7 @@ class _Manifests:
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
         self._kept: OrderedDict[Any, dict[Any, ChunkSpec]] = OrderedDict()
-        self._layers: dict[Any, list[LayerSpec]] = {}
+        self._layers: dict[Any, Sequence[LayerSpec]] = {}
 
     def spec_of(self, values: dict[str, Any]) -> _Found:
         """What the manifest says of a chunk, and the layers of its segment; None if no sound manifest has it."""
