@@ -23,7 +23,7 @@ SHORT = {"words": [2, 6, 15, 30], "many_words": 90, "longest": 400}
 
 FEW_STEPS = {"steps": 6}
 """Enough where each token is computed from all that was restored, as the first one is. It is not where windows leave
-tokens behind, or blocks fill: there state may be wrong that comes into play some tokens later."""
+tokens behind, blocks fill or some tokens are chosen: there state may be wrong that comes into play tokens later."""
 
 
 def tiny_scenario(kind: str, dtype: str, number: int) -> Scenario:
