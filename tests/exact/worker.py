@@ -1,10 +1,10 @@
 """A process that converses at random, and checks what earlier processes left: run by the tests, with one argument.
 
 The argument is a JSON object: scenarios (name, kind, dtype, codec, threads, folder, words, longest, steps), folder,
-process, trials, grid, seed, end ("close", "flush" or "kill"). Each scenario has a store and a journal in the folder. The journal
-says of each turn what the process that made it saw in its own live state, and what a run that never stopped generated
-next, and of random tokens within turns what was restored there; every later process must find the same. The last line
-printed is a JSON object with counts and failures.
+process, trials, grid, seed, end ("close", "flush" or "kill"). Each scenario has a store and a journal in the folder.
+The journal says of each turn what the process that made it saw in its own live state, and what a run that never
+stopped generated next, and of random tokens within turns what was restored there; every later process must find the
+same. The last line printed is a JSON object with counts and failures.
 """
 
 from __future__ import annotations
