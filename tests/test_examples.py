@@ -2,10 +2,9 @@
 
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 from tiny import tiny_llama_folder
 
@@ -18,8 +17,7 @@ def model(tmp_path_factory):
 
 
 def run(name, *arguments):
-    command = [sys.executable, EXAMPLES / name, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return forked.run([EXAMPLES / name, *arguments], strict=False)
 
 
 def output(name, *arguments):

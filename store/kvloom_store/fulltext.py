@@ -29,6 +29,9 @@ COMPARED = 256
 SNIPPET_WORDS = 24
 """Words of a turn shown around a match."""
 
+DAMAGE = (DatabaseError, MemoryError)
+"""What reading and writing a damaged index raises, if ``is_damage`` says so of it."""
+
 _WORDS = "tokenize = 'unicode61 remove_diacritics 2'"
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 """Noncharacters that mark a match on its way out of SQLite; in texts they are taken for spaces."""
@@ -74,7 +77,7 @@ def drop(conn: sa.Connection) -> None:
     conn.exec_driver_sql("SAVEPOINT dropping")
     try:
         conn.exec_driver_sql(f"DROP TABLE IF EXISTS {TABLE}")
-    except DatabaseError as error:
+    except DAMAGE as error:
         if not is_damage(error):
             raise
         conn.exec_driver_sql("ROLLBACK TO dropping")
@@ -105,7 +108,7 @@ def _kept_or_dropped(conn: sa.Connection) -> Iterator[bool]:
     try:
         yield True
         conn.exec_driver_sql("RELEASE indexing")  # here FTS5 writes and may meet damage; then this one is gone
-    except DatabaseError as error:
+    except DAMAGE as error:
         if not is_damage(error):
             raise
         conn.exec_driver_sql("ROLLBACK TO before")
@@ -113,8 +116,13 @@ def _kept_or_dropped(conn: sa.Connection) -> Iterator[bool]:
     conn.exec_driver_sql("RELEASE before")
 
 
-def is_damage(error: DatabaseError) -> bool:
-    """Whether SQLite found the index to be other than it was written, by what FTS5 then stumbles over."""
+def is_damage(error: DatabaseError | MemoryError) -> bool:
+    """Whether SQLite found the index to be other than it was written, by what FTS5 then stumbles over.
+
+    FTS5 believes a damaged record that claims to describe millions of segments, and asks for memory for them all.
+    """
+    if isinstance(error, MemoryError):
+        return True
     text = str(error.orig).lower()
     return not isinstance(error, OperationalError) or "fts5" in text or "vtable" in text
 
@@ -187,6 +195,8 @@ def difference(conn: sa.Connection, texts: Iterable[tuple[int, str]]) -> str | N
                 conn.exec_driver_sql(f"DROP TABLE IF EXISTS temp.{name}")
     except DBAPIError as error:
         return str(error.orig)
+    except MemoryError:
+        return "it claims to be larger than memory"
     return None
 
 

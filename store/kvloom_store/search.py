@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DatabaseError
 
 from kvloom_store import fulltext, refs, turns
 from kvloom_store.database import Database
@@ -96,7 +95,7 @@ def _candidates(
     if fulltext.exists(conn):
         try:
             return fulltext.matching(conn, query, session=session, role=role, newest=newest, limit=limit)
-        except DatabaseError as error:
+        except fulltext.DAMAGE as error:
             if not fulltext.is_damage(error):
                 raise
             return None

@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import sqlalchemy as sa
 import torch
@@ -50,21 +49,14 @@ def environment() -> dict[str, str]:
 
 def work(spec: Mapping[str, Any], *, killed: bool = False) -> dict[str, Any]:
     """Run a worker process; the object it prints last. ``killed``: it is to end by SIGKILL."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(WORKER), json.dumps(spec)],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        check=False,
-    )
+    done = forked.run([WORKER, json.dumps(spec)], env=environment())
     assert done.returncode == (-9 if killed else 0), done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def referee(jobs: Sequence[Path]) -> tuple[int, list[dict[str, Any]]]:
     """The referee's exit status and its verdict on each job."""
-    command = [sys.executable, "-W", "error", str(REFEREE), *map(str, jobs)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
+    done = forked.run([REFEREE, *jobs], env=environment())
     assert done.returncode in (0, 1), done.stderr[-4000:]
     verdicts = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(verdicts) == len(jobs), done.stderr[-4000:]

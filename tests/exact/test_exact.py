@@ -39,7 +39,14 @@ JOBS_EACH = 4
 CODECS = trials.CODECS
 KINDS = ("llama", "qwen3", "gpt2", "phi", "deepseek_v3")
 SCENARIOS = [
-    {"name": f"{kind}-{dtype}", "kind": kind, "dtype": dtype, "codec": CODECS[number % len(CODECS)], "threads": threads}
+    {
+        "name": f"{kind}-{dtype}",
+        "kind": kind,
+        "dtype": dtype,
+        "codec": CODECS[number % len(CODECS)],
+        "threads": threads,
+        **trials.FEW_STEPS,
+    }
     for number, (kind, dtype, threads) in enumerate(
         [
             *((kind, dtype, 1) for kind in KINDS for dtype in ("float32", "bfloat16")),
@@ -332,6 +339,8 @@ def test_smollm2_is_resumed_exactly_after_a_kill(
         "dtype": dtype,
         "codec": "raw",
         "threads": torch.get_num_threads(),
+        **trials.FEW_STEPS,
+        **trials.SHORT,
     }
     spec = {"scenarios": [scenario], "folder": str(tmp_path), "trials": 1, "grid": 64, "seed": SEED}
     results = [

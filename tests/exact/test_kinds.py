@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from tiny import FULL_ATTENTION, KINDS, OTHERS, tiny_model, tiny_tokenizer
-from tiny_configs import COMPRESSED, HYBRID, RECURRENT
+from tiny_configs import COMPRESSED, HYBRID, RECURRENT, ROPES
 
 from exact import harness, trials
 from exact.run import main
@@ -23,7 +23,9 @@ DTYPES = ("float32", "bfloat16")
 # Full attention has a test file of its own.
 STATEFUL = [kind for kind in KINDS if kind not in OTHERS and kind not in FULL_ATTENTION]
 SCENARIOS = {
-    kind: trials.tiny_scenario(kind, DTYPES[number % len(DTYPES)], number) for number, kind in enumerate(STATEFUL)
+    kind: trials.tiny_scenario(kind, DTYPES[number % len(DTYPES)], number)
+    | (trials.FEW_STEPS if kind in {**ROPES, **RECURRENT, **HYBRID} else {})
+    for number, kind in enumerate(STATEFUL)
 }
 
 

@@ -21,6 +21,10 @@ CODECS = ("raw", "lz4", "zstd", "auto")
 SHORT = {"words": [2, 6, 15, 30], "many_words": 90, "longest": 400}
 """Texts that keep a trial under a second."""
 
+FEW_STEPS = {"steps": 6}
+"""Enough where each token is computed from all that was restored, as the first one is. It is not where windows leave
+tokens behind, blocks fill or some tokens are chosen: there state may be wrong that comes into play tokens later."""
+
 
 def tiny_scenario(kind: str, dtype: str, number: int) -> Scenario:
     """A store of its own for a tiny model; codecs take turns."""

@@ -1,10 +1,10 @@
 """A process that converses at random, and checks what earlier processes left: run by the tests, with one argument.
 
-The argument is a JSON object: scenarios (name, kind, dtype, codec, threads, folder, words, longest), folder, process,
-trials, grid, seed, end ("close", "flush" or "kill"). Each scenario has a store and a journal in the folder. The journal
-says of each turn what the process that made it saw in its own live state, and what a run that never stopped generated
-next, and of random tokens within turns what was restored there; every later process must find the same. The last line
-printed is a JSON object with counts and failures.
+The argument is a JSON object: scenarios (name, kind, dtype, codec, threads, folder, words, longest, steps), folder,
+process, trials, grid, seed, end ("close", "flush" or "kill"). Each scenario has a store and a journal in the folder.
+The journal says of each turn what the process that made it saw in its own live state, and what a run that never
+stopped generated next, and of random tokens within turns what was restored there; every later process must find the
+same. The last line printed is a JSON object with counts and failures.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ from kvloom_store.names import parse_ref
 from kvloom_store.turns import TurnState
 
 STEPS = 20
+"""Tokens that are generated from what was restored: more than a window has. A scenario can say fewer."""
+
 ENDS_KEPT = 12
 """Ends of passes of a turn that the journal keeps, at most about twice."""
 WORDS = [
@@ -100,6 +102,7 @@ class Scenario:
     def __init__(self, folder: Path, spec: dict[str, Any]) -> None:
         self.spec = spec
         self.name = spec["name"]
+        self.steps = spec.get("steps", STEPS)
         torch.set_num_threads(spec["threads"])
         if "folder" in spec:
             from kvloom.loom import load_engine
@@ -171,7 +174,7 @@ class Scenario:
         generator = self.engine.generate(live, logits, SamplingSettings(), seen=ids, seed=0)
         for token in generator:
             tokens.append(token)
-            if len(tokens) == STEPS:
+            if len(tokens) == self.steps:
                 break
         generator.close()
         live.truncate(live.captured)
@@ -209,7 +212,7 @@ class Scenario:
         state, ids = self.state_of(turn)
         pending = ids if len(ids) - state.state_end <= 1 else ids[: state.state_end]
         with self.engine.lock:
-            live, account = self.loom.resumer.resume(pending, state, room=STEPS)
+            live, account = self.loom.resumer.resume(pending, state, room=self.steps)
             self.counts["replayed"] += account.replayed
             self.counts["reused"] += account.reused
             self.check("L1", turn, "notices", [], account.notices)
@@ -245,7 +248,7 @@ class Scenario:
         state, ids = self.state_of(turn)
         ends = self.journal[turn]["ends"].get(str(at))
         with self.engine.lock:
-            live, account = self.loom.resumer.resume(ids[:at], state, room=STEPS, logits=False)
+            live, account = self.loom.resumer.resume(ids[:at], state, room=self.steps, logits=False)
             self.counts["replayed"] += account.replayed
             self.counts["reused"] += account.reused
             self.check("L1", turn, f"notices at {at}", [], account.notices)
@@ -254,7 +257,7 @@ class Scenario:
             if ends is not None:
                 self.check("L1", turn, f"frame live at {at}", ends["frame"], found["frame"])
                 self.counts["points seen live"] += 1
-            live, _ = self.loom.resumer.resume(ids[:at], state, room=STEPS)
+            live, _ = self.loom.resumer.resume(ids[:at], state, room=self.steps)
             self.trace.clear()
             found["next"] = self.go_on(live, ids[:at])
         first = found["next"]["first"]

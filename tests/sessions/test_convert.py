@@ -2,13 +2,12 @@
 
 import gc
 import json
-import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 
+import forked
 import gguf
 import numpy as np
 import pytest
@@ -162,7 +161,7 @@ def test_what_a_killed_conversion_left_is_swept_by_the_next_one(tmp_path, cache)
         "convert.convert(models.resolve(sys.argv[1]))"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    killed = subprocess.run([sys.executable, "-c", code, str(path)], env=environment)
+    killed = forked.run(["-c", code, path], env=environment)
     assert killed.returncode == -signal.SIGKILL
     assert {choice.kind for choice in available()} == {"alias"}  # what is half-made is not offered
     assert len(list((cache / "models").glob(".converting-*"))) == 1
@@ -199,14 +198,11 @@ def test_of_two_conversions_that_race_the_loser_uses_the_winners_folder(tmp_path
     assert {entry.name for entry in (cache / "models").iterdir()} == {".lock", winner.name}
 
 
-def _convert_for_test(path):
-    return str(convert(resolve(path)))
-
-
 def test_processes_that_convert_the_same_file_at_once_get_one_folder(tmp_path, cache):
     path = str(write_gguf(tmp_path / "tiny.gguf"))
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        folders = pool.map(_convert_for_test, [path, path], chunksize=1)
+    code = "import sys; from kvloom import convert, models; print(convert.convert(models.resolve(sys.argv[1])))"
+    both = [forked.start(["-c", code, path], strict=False) for _ in range(2)]
+    folders = [program.finished().stdout.strip() for program in both]
 
     assert len(set(folders)) == 1
     assert {entry.name for entry in (cache / "models").iterdir()} == {".lock", os.path.basename(folders[0])}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from kinds import ending, engine
 from tiny import tiny_model, tiny_tokenizer
@@ -85,7 +84,7 @@ def test_killed_and_taken_up_again_it_ends_with_the_same_tree(
         settings=json.dumps(settings),
     )
     for steps in kills:
-        child = subprocess.run([sys.executable, "-c", script, str(steps)], capture_output=True, text=True, check=False)
+        child = forked.run(["-c", script, steps])
         assert child.returncode == -9, child.stderr
     with KVLoom(tmp_path / "killed.db", model=engines[kind]) as loom:
         search = loom.session("talk").explore(prompt=PROMPT, resume=True, **settings)

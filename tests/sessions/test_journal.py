@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import sqlalchemy as sa
 import torch
@@ -89,13 +90,7 @@ def tokens_of(branch: Branch) -> Any:
 
 
 def killed(path: Path, kind: str = "llama", after: int = 27) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", __file__, str(path), kind, str(after)],
-        capture_output=True,
-        text=True,
-        env=harness.environment(),
-        check=False,
-    )
+    done = forked.run([__file__, path, kind, after], env=harness.environment())
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
 
 

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import sqlalchemy as sa
 import torch
@@ -101,23 +101,16 @@ def flip(data: bytes, bit: int) -> bytes:
     return bytes(damaged)
 
 
-def child(action: str, path: Path, **spec: Any) -> subprocess.Popen[str]:
+def child(action: str, path: Path, **spec: Any) -> forked.Program:
     """Another process, started."""
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", __file__, action, json.dumps({"path": str(path), **spec})],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=harness.environment(),
-    )
+    return forked.start([__file__, action, json.dumps({"path": str(path), **spec})], env=harness.environment())
 
 
-def finished(process: subprocess.Popen[str], *, killed: bool = False) -> dict[str, Any]:
+def finished(process: forked.Program, *, killed: bool = False) -> dict[str, Any]:
     """What another process printed last."""
-    out, err = process.communicate()
-    assert process.returncode == (-signal.SIGKILL if killed else 0), err[-4000:]
-    return json.loads(out.splitlines()[-1])
+    done = process.finished()
+    assert done.returncode == (-signal.SIGKILL if killed else 0), done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @contextmanager
@@ -448,7 +441,7 @@ def test_two_processes_with_one_and_two_threads_say_the_same_at_once_and_both_go
         assert again["replayed"] == 0
     with opened(store_path) as loom:
         check_clean(loom)
-        assert [s.name for s in loom.sessions()].sort() == ["one", "two"].sort()
+        assert {session.name for session in loom.sessions()} == {"one", "two"}
 
 
 @pytest.mark.parametrize("when", ["before the message", "before the reply"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 import sqlalchemy as sa
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from kvloom_proto.records import Pass, Provenance, Schedule
 from kvloom_store import cut, refs, removal, roots, schema, segments, spans, trie, turns
+from kvloom_store.checksum import digest
 from kvloom_store.database import Database
 from kvloom_store.errors import RefNotFound
 from kvloom_store.names import parse_ref
@@ -33,12 +35,14 @@ class Tree:
     """A session without a model, whose turns have the tokens a test wants."""
 
     database: Database
+    name: str = "trip"
     turns: list[Grown] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         with self.database.write() as conn:
-            self.session = refs.create_session(conn, "trip", {"model": "none"}).row
-            self.root = roots.root_for(conn, roots.add_model(conn, b"m" * 16, "none", {}))
+            self.session = refs.create_session(conn, self.name, {"model": "none"}).row
+            model = roots.add_model(conn, digest(self.name.encode()), "none", {})
+            self.root = roots.root_for(conn, model)
             self.provenance = segments.add_provenance(conn, Provenance(1, "t", "t", "cpu", "x", "sdpa", "test"))
 
     def add(self, parent: Grown | None, tokens: list[int], *, back: int = 0, role: str = "user") -> Grown:
@@ -99,9 +103,17 @@ GROWTH = st.lists(
 )
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
+    """One for all trees, which have sessions of their own: it takes longer to make than a tree."""
+    database = Database(tmp_path_factory.mktemp("cut") / "s.db")
+    yield database
+    database.close()
+
+
 @given(growth=GROWTH)
-def test_every_token_of_every_branch_belongs_to_the_turn_it_came_with(tmp_path_factory, growth):
-    tree = Tree(Database(tmp_path_factory.mktemp("cut") / "s.db"))
+def test_every_token_of_every_branch_belongs_to_the_turn_it_came_with(shared, growth):
+    tree = Tree(shared, name=f"trip-{uuid4().hex}")
     for parent, tokens, back in growth:
         tree.add(tree.turns[parent % len(tree.turns)] if parent is not None and tree.turns else None, tokens, back=back)
     for number, grown in enumerate(tree.turns):
@@ -110,7 +122,7 @@ def test_every_token_of_every_branch_belongs_to_the_turn_it_came_with(tmp_path_f
             found = spans.of_path(conn, turns.path_to(conn, grown.turn.row))
             assert [row for span in found for row in [span.turn.row] * (span.end - span.start)] == grown.owners
             for token in range(1, len(grown.tokens) + 1):
-                point = refs.resolve(conn, parse_ref(f"trip@b{number}:{token}"))
+                point = refs.resolve(conn, parse_ref(f"{tree.name}@b{number}:{token}"))
                 owner = grown.owners[token - 1]
                 assert point.turn == owner
                 assert point.token == (None if token == ends[owner] else token)
@@ -118,7 +130,6 @@ def test_every_token_of_every_branch_belongs_to_the_turn_it_came_with(tmp_path_f
                 position = trie.position_at(conn, found[-1].state.position, token)
                 assert trie.tokens_to(conn, position.node, position.offset) == grown.tokens[:token]
                 assert position == trie.match(conn, tree.root, grown.tokens[:token]).position
-    tree.database.close()
 
 
 def test_token_0_is_before_any_turn_and_one_past_the_end_is_told_how_many_there_are(tree: Tree):

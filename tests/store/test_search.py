@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,10 @@ import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvloom_store import cut, fulltext, refs, removal, schema, turns
+from kvloom_store import cut, fsck, fulltext, refs, removal, schema, turns
 from kvloom_store.database import Database
 from kvloom_store.errors import InvalidQuery, RefNotFound
+from kvloom_store.fsck import Kind, Severity
 from kvloom_store.search import Hits, rebuild, search
 from kvloom_store.turns import Turn
 
@@ -237,9 +239,13 @@ def test_a_store_that_cannot_be_written_is_searched_without_an_index(database: D
     assert index_is(database, False)
 
 
+NOISE = random.Random(0).randbytes(40).hex()
+CLAIMS = "62484f263722004ce4a5a98a977b124229c76e6228dda6f1e841e00518d6e2054a"
+"""A record of the index's parts that says they are more than fit into memory."""
 DAMAGE = {
-    "its words are noise": "UPDATE turn_text_data SET block = randomblob(length(block)) WHERE id > 10",
-    "all of it is noise": "UPDATE turn_text_data SET block = randomblob(length(block))",
+    "its words are noise": f"UPDATE turn_text_data SET block = x'{NOISE}' WHERE id > 10",
+    "all of it is noise": f"UPDATE turn_text_data SET block = x'{NOISE}'",
+    "it claims to be larger than memory": f"UPDATE turn_text_data SET block = x'{CLAIMS}' WHERE id = 10",
     "all of it is empty": "UPDATE turn_text_data SET block = x'00'",
     "its words are gone": "DELETE FROM turn_text_data WHERE id > 10",
     "all of it is gone": "DELETE FROM turn_text_data",
@@ -275,6 +281,14 @@ def test_a_damaged_index_keeps_no_turn_from_being_stored_and_no_session_from_bei
         removal.remove_session(conn, refs.get_session(conn, "food").row)
     rebuild(database)
     assert len(texts(database, "italy", limit=100)) == 41
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_index_is_told_from_a_whole_one(database: Database, damage: str):
+    assert not [each for each in fsck.check(database).findings if each.kind == Kind.INDEX]
+    execute(database, DAMAGE[damage])
+    database.engine.dispose()
+    assert [each.severity for each in fsck.check(database).findings if each.kind == Kind.INDEX] == [Severity.HEALS]
 
 
 def test_an_index_that_says_what_is_not_so_shows_nothing_that_was_not_said(database: Database):
