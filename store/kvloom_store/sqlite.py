@@ -312,6 +312,8 @@ def translated(path: Path) -> Iterator[None]:
         yield
     except SQLAlchemyError as error:
         raise _translate(error, path) from error
+    except UnicodeDecodeError as error:  # the driver's own, of a name or a message that is damaged
+        raise StoreError(f"{path} is damaged: {error}", hint="restore it from a backup") from error
 
 
 def _translate(error: SQLAlchemyError, path: Path) -> StoreError:
