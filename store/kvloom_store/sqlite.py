@@ -171,8 +171,8 @@ def tree_names(conn: sa.Connection) -> dict[int, tuple[str, str]]:
 
 
 def definitions(conn: sa.Connection) -> dict[str, str]:
-    """The statement that made each table and index, by its name."""
-    rows = conn.exec_driver_sql("SELECT CAST(name AS BLOB), CAST(sql AS BLOB) FROM sqlite_master WHERE sql IS NOT NULL")
+    """The statement that made each table and index, by its name; "" for an index that SQLite made of its own accord."""
+    rows = conn.exec_driver_sql("SELECT CAST(name AS BLOB), CAST(coalesce(sql, '') AS BLOB) FROM sqlite_master")
     return {bytes(name).decode(errors="replace"): bytes(sql).decode(errors="replace") for name, sql in rows}
 
 
