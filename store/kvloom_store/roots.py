@@ -76,7 +76,9 @@ def find_root(conn: sa.Connection, model_id: int, *, extra: bytes = b"", salt: b
     row = conn.execute(sa.select(root).where(where)).one_or_none()
     if row is None:
         wanted = model_id, extra, salt
-        row = next((each for each in conn.execute(sa.select(root)) if (each.model, each.extra, each.salt) == wanted), None)
+        row = next(
+            (each for each in conn.execute(sa.select(root)) if (each.model, each.extra, each.salt) == wanted), None
+        )
     return None if row is None else int(checked(root, row)["id"])
 
 

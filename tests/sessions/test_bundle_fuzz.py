@@ -1,6 +1,6 @@
 """Reading hostile bundles: only documented errors, nothing changed, and no memory set aside for what is not there.
 
-``make torture`` tries 100,000 mutated ones; ``KVLOOM_FUZZ_CASES`` says how many are tried here (default 800).
+``make torture`` tries 100,000 mutated ones; ``KVLOOM_FUZZ_CASES`` says how many are tried here (default 600).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kvloom.errors import FormatError, LimitExceeded, Truncated
 from kvloom_proto import limits
 from kvloom_proto.frames import Reader
 
-CASES = int(os.environ.get("KVLOOM_FUZZ_CASES", "800"))
+CASES = int(os.environ.get("KVLOOM_FUZZ_CASES", "600"))
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
+from torture import flips
 
 import kvloom
 from kvloom.errors import StoreError
 from kvloom_store import roots, schema
-from torture import flips
 
-FLIPS = int(os.environ.get("KVLOOM_FLIPS", "60"))
+FLIPS = int(os.environ.get("KVLOOM_FLIPS", "36"))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -64,7 +64,8 @@ def test_an_index_that_hides_a_model_and_its_trie_hides_no_state(
     raw.execute("PRAGMA writable_schema=ON")
     for table in (schema.model, schema.root):  # the indexes now point at pages that are empty
         raw.execute(
-            "UPDATE sqlite_master SET rootpage = (SELECT rootpage FROM sqlite_master WHERE name = 'sqlite_autoindex_tag_1')"
+            "UPDATE sqlite_master SET rootpage ="
+            " (SELECT rootpage FROM sqlite_master WHERE name = 'sqlite_autoindex_tag_1')"
             " WHERE type = 'index' AND tbl_name = ?",
             (table.name,),
         )

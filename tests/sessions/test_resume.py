@@ -634,7 +634,7 @@ def _child_regenerate(spec: dict[str, Any]) -> None:
 
 
 def test_rows_that_wait_to_be_stored_are_not_overwritten_by_those_of_a_branch_that_left_them(store_path: Path):
-    """Both turns were never stored, as after a crash: one is replayed, cut where the other left it, and that one runs."""
+    """Neither turn was stored, as after a crash: one is replayed, cut where the other left it, and that one runs."""
     with opened(store_path) as loom:
         main = talk(loom, FIRST)
         reply, said = main.log()[-1], main.log()[-2]

@@ -94,7 +94,9 @@ def _one(
     after = going_on(path, engine)
     if live and outcome == "unseen":
         found.wrong.append(f"{where} was not found")
-    if after != expected and (outcome not in ("refused", "lost") or (outcome == "refused" and not isinstance(after, str))):
+    if after != expected and (
+        outcome not in ("refused", "lost") or (outcome == "refused" and not isinstance(after, str))
+    ):
         found.wrong.append(f"{where}: {outcome}, then {after if isinstance(after, str) else 'other bits'}")
     return outcome if live else "dead"
 
