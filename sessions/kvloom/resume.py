@@ -270,8 +270,10 @@ class Resumer:
             state = base
         for state, end, damaged in reversed(to_replay):
             # The damage may have been further down, and is mended now.
-            if damaged and state.segment is not None and self._loaded(live, state.segment, end, account):
-                continue
+            if damaged and state.segment is not None:
+                self._wait(account)
+                if self._loaded(live, state.segment, end, account):
+                    continue
             self._replay(live, state, damaged, account, cancel, progress)
             account.replayed += state.state_end - state.state_start
             self._cut_back(live, end, account)
@@ -281,6 +283,7 @@ class Resumer:
         if live.length == end:
             return
         handle = live.chain[-1].handle
+        self._wait(account)  # other rows will be put where those are that are cut off
         live.truncate(end)
         if live.ready:
             return
@@ -315,14 +318,18 @@ class Resumer:
 
         The turns themselves are safe; what is let go of is replayed.
         """
-        try:
-            self.writer.flush()
-        except StoreError as error:
-            account.notices.append(f"state could not be stored: {error}")
+        self._wait(account)
         unstored = next((link for link in live.chain if link.handle.segment is None), None)
         if unstored is not None:
             live.truncate(unstored.start)
         return unstored is None
+
+    def _wait(self, account: Account) -> None:
+        """Wait until no rows in memory are read by the writer any more. If it failed, say so."""
+        try:
+            self.writer.flush()
+        except StoreError as error:
+            account.notices.append(f"state could not be stored: {error}")
 
     def _replay(
         self,

@@ -107,7 +107,8 @@ class Database:
 
     @contextmanager
     def write(self, *, background: bool = False, wait: bool = True) -> Iterator[sa.Connection]:
-        """A write transaction. ``background`` ones (state) let those of turns go first.
+        """A write transaction. ``background`` ones (state) let those of turns go first, and move a long log into the
+        file when they have ended: SQLite would do it within a commit, and turns would wait for the disk.
 
         ``wait=False``: if somebody else is writing, StoreLocked at once.
 
@@ -123,6 +124,9 @@ class Database:
             conn.begin(),
         ):
             yield conn
+        if background and sqlite.log_is_long(self.path):
+            with contextlib.suppress(StoreLocked, StoreUnavailable), sqlite.translated(self.path):
+                sqlite.move_log(self.engine)  # where it cannot be moved (a full disk) all of it stays, and is safe
 
     @contextmanager
     def queued(self, background: bool, wait: bool = True) -> Iterator[None]:

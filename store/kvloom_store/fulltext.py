@@ -236,7 +236,8 @@ def _content(conn: sa.Connection, words: str, index: str) -> tuple[int, int, int
     placed = sum(_number(f"{term}\0{doc}\0{place}".encode()) for term, doc, place in rows)
     lengths, count = 0, 0
     for row, size in conn.exec_driver_sql(f"SELECT id, sz FROM {index}_docsize"):
-        lengths, count = lengths + _number(b"%d\0%s" % (row, bytes(size))), count + 1
+        told = size if isinstance(size, bytes) else str(size).encode()  # a damaged row may hold anything
+        lengths, count = lengths + _number(b"%d\0%s" % (row, told)), count + 1
     return placed, lengths, count
 
 

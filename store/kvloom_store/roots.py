@@ -16,9 +16,9 @@ from kvloom_store.schema import model, model_digest, root
 
 def add_model(conn: sa.Connection, digest: bytes, name: str, fields: Mapping[str, str]) -> int:
     """The row of a model identity, added if it is new. ``fields`` are what the digest was made of."""
-    row = conn.execute(sa.select(model).where(model.c.digest == digest)).one_or_none()
-    if row is not None:
-        return int(checked(model, row)["id"])
+    found = find_model(conn, digest)
+    if found is not None:
+        return found
     new = allocate(conn, model)
     insert(
         conn,
@@ -35,8 +35,14 @@ def add_model(conn: sa.Connection, digest: bytes, name: str, fields: Mapping[str
 
 
 def find_model(conn: sa.Connection, digest: bytes) -> int | None:
-    """The row of a model identity, if it was seen before."""
+    """The row of a model identity, if it was seen before.
+
+    A damaged index would hide it, and everything be computed anew without a word: what it does not find, here and of
+    tries, is looked for among all rows. There are few.
+    """
     row = conn.execute(sa.select(model).where(model.c.digest == digest)).one_or_none()
+    if row is None:
+        row = next((each for each in conn.execute(sa.select(model)) if each.digest == digest), None)
     return None if row is None else int(checked(model, row)["id"])
 
 
@@ -68,6 +74,11 @@ def find_root(conn: sa.Connection, model_id: int, *, extra: bytes = b"", salt: b
     """The trie of a model, if there is one."""
     where = (root.c.model == model_id) & (root.c.extra == extra) & (root.c.salt == salt)
     row = conn.execute(sa.select(root).where(where)).one_or_none()
+    if row is None:
+        wanted = model_id, extra, salt
+        row = next(
+            (each for each in conn.execute(sa.select(root)) if (each.model, each.extra, each.salt) == wanted), None
+        )
     return None if row is None else int(checked(root, row)["id"])
 
 

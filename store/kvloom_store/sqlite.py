@@ -30,6 +30,12 @@ NETWORK_FILESYSTEMS = frozenset(
     {"nfs", "nfs4", "cifs", "smbfs", "smb3", "afpfs", "fuse.sshfs", "9p", "ceph", "glusterfs", "davfs"}
 )
 
+LOG_BYTES = 64 << 20
+"""From here on the write-ahead log is moved into the file: much of a long prompt's state goes in one go."""
+
+MOVES = 4
+"""How often it is tried to reach the end of a log that others are writing to."""
+
 CHECKPOINT_MS = 1000
 """How long moving the log into the file waits for readers of it."""
 
@@ -90,8 +96,8 @@ def make_engine(path: Path, *, read_only: bool, synchronous: str, busy_ms: int) 
             if not connection.execute("PRAGMA page_count").fetchone()[0]:
                 pragmas += [f"page_size={PAGE_BYTES}", "auto_vacuum=INCREMENTAL"]
             pragmas += ["journal_mode=WAL", f"synchronous={synchronous}"]
-            # 64 MiB: a long prompt's state fits the log, and its pages are moved into the file in one go.
-            pragmas += [f"wal_autocheckpoint={(64 << 20) // PAGE_BYTES}", "journal_size_limit=67108864"]
+            # Whoever writes state moves the log (``move_log``); a commit does where nobody has, and takes long then.
+            pragmas += [f"wal_autocheckpoint={2 * LOG_BYTES // PAGE_BYTES}", f"journal_size_limit={LOG_BYTES}"]
         for pragma in pragmas:
             connection.execute(f"PRAGMA {pragma}")
 
@@ -166,8 +172,8 @@ def tree_names(conn: sa.Connection) -> dict[int, tuple[str, str]]:
 
 
 def definitions(conn: sa.Connection) -> dict[str, str]:
-    """The statement that made each table and index, by its name."""
-    rows = conn.exec_driver_sql("SELECT CAST(name AS BLOB), CAST(sql AS BLOB) FROM sqlite_master WHERE sql IS NOT NULL")
+    """The statement that made each table and index, by its name; "" for an index that SQLite made of its own accord."""
+    rows = conn.exec_driver_sql("SELECT CAST(name AS BLOB), CAST(coalesce(sql, '') AS BLOB) FROM sqlite_master")
     return {bytes(name).decode(errors="replace"): bytes(sql).decode(errors="replace") for name, sql in rows}
 
 
@@ -208,6 +214,26 @@ def checkpoint(engine: sa.Engine) -> None:
     """
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as conn, _patience(conn, CHECKPOINT_MS):
         conn.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def log_is_long(path: Path) -> bool:
+    """Whether the write-ahead log is to be moved. Its file is cut to LOG_BYTES by the first write after that."""
+    try:
+        return Path(f"{path}-wal").stat().st_size > LOG_BYTES
+    except FileNotFoundError:
+        return False
+
+
+def move_log(engine: sa.Engine) -> None:
+    """Move the write-ahead log into the file while others go on reading and writing.
+
+    What they write meanwhile is moved as well, in a few more goes: only a log that was moved to its end begins anew.
+    """
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
+        for _ in range(MOVES):
+            _, pages, moved = conn.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)").one()
+            if moved == pages:
+                return
 
 
 @contextmanager
@@ -307,6 +333,8 @@ def translated(path: Path) -> Iterator[None]:
         yield
     except SQLAlchemyError as error:
         raise _translate(error, path) from error
+    except UnicodeDecodeError as error:  # the driver's own, of a name or a message that is damaged
+        raise StoreError(f"{path} is damaged: {error}", hint="restore it from a backup") from error
 
 
 def _translate(error: SQLAlchemyError, path: Path) -> StoreError:

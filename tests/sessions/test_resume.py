@@ -31,7 +31,7 @@ from kvloom.branch import Branch
 from kvloom.engine import TransformersEngine
 from kvloom.errors import ContextOverflow, CorruptRow, ModelMismatch, NothingToDo, ReuseRequired, UnsupportedModel
 from kvloom.loom import KVLoom
-from kvloom_store import refs, schema, trie, turns
+from kvloom_store import refs, schema, segments, trie, turns
 from kvloom_store.names import parse_ref
 from kvloom_store.schema import chunk, node, segment, turn, turn_state
 from kvloom_store.turns import TurnState
@@ -624,6 +624,44 @@ def _child_regenerate(spec: dict[str, Any]) -> None:
             reply = loom.find("talk").branch().regenerate(max_tokens=20).reply
             found.append(state_of(loom, reply.turn)[0].tokens)
     print(json.dumps({"tokens": found}))
+
+
+def test_rows_that_wait_to_be_stored_are_not_overwritten_by_those_of_a_branch_that_left_them(store_path: Path):
+    """Neither turn was stored, as after a crash: one is replayed, cut where the other left it, and that one runs."""
+    with opened(store_path) as loom:
+        main = talk(loom, FIRST)
+        reply, said = main.log()[-1], main.log()[-2]
+        start = state_of(loom, said.id)[0].start
+        aside = main.session.fork("aside", f"main:{start + said.tokens // 2}")
+        aside.say(SECOND, max_tokens=6)
+        loom.flush()
+        tips = [reply.id, aside.log()[-1].id]
+        as_it_was = [brought_back(loom, tip)[0] for tip in tips]
+        with loom.database.write() as conn:
+            conn.execute(chunk.delete())
+            for state in [state_of(loom, turn.id)[0] for turn in loom.find("talk").tree()[1:]]:
+                turns.set_segment(conn, state.row, None, None)
+            conn.execute(segment.delete())
+    with opened(store_path) as loom:
+        asked, write, flush = threading.Event(), segments.write, loom.writer.flush
+
+        def slow(*args: Any, **options: Any) -> int:
+            assert asked.wait(60)
+            return write(*args, **options)
+
+        def waited_for() -> None:
+            asked.set()
+            flush()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(segments, "write", slow)
+            patch.setattr(loom.writer, "flush", waited_for)
+            assert brought_back(loom, tips[1])[0] == as_it_was[1]
+        loom.flush()
+        for tip, was in zip(tips, as_it_was, strict=True):
+            came_back, account = brought_back(loom, tip)
+            assert account.notices == []
+            assert came_back == was
 
 
 if __name__ == "__main__":

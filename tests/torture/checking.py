@@ -66,14 +66,14 @@ def check(path: Path, engine: TransformersEngine, known: Acknowledged) -> dict[s
     """Open the store, compare it with what was acknowledged, and bring every branch back; what is wrong, in words."""
     wrong: list[str] = []
     with KVLoom(path, model=engine) as loom:
-        kept = sum(each.tokens for each in loom.kept)
+        kept = {each.turn: each.tokens for each in loom.kept}
         with loom.database.read() as conn:
             integrity = conn.exec_driver_sql("PRAGMA integrity_check").scalars().all()
             if integrity != ["ok"]:
                 wrong.append(f"SQLite: {integrity[:3]}")
             rows = whole.check(conn, crashed=True)
         here = listed(loom)
-        wrong += _lost(known, here)
+        wrong += _lost(known, here, set(kept))
         states, restored, replayed = _restored(loom, known, here, wrong)
         loom.flush()
         with loom.database.read() as conn:
@@ -83,7 +83,7 @@ def check(path: Path, engine: TransformersEngine, known: Acknowledged) -> dict[s
         "wrong": wrong,
         "rows": rows,
         "replies": len(loom.kept),
-        "tokens": kept,
+        "tokens": sum(kept.values()),
         "restored": restored,
         "replayed": replayed,
         "sessions": sessions,
@@ -97,7 +97,12 @@ def listed(loom: KVLoom) -> dict[str, Any]:
     return {each["session"]: {"turns": each["turns"], "names": each["names"]} for each in found}
 
 
-def _lost(known: Acknowledged, here: Mapping[str, Any]) -> list[str]:
+def _lost(known: Acknowledged, here: Mapping[str, Any], kept: set[str]) -> list[str]:
+    """What was acknowledged and is not there; ``kept`` are turns made of replies that had not ended.
+
+    Such a reply may have been refused when it was to end (a full disk), with its branch where it was: from there the
+    branch has then moved to it, and else it would be on a branch of its own.
+    """
     wrong = []
     for name, session in known.sessions.items():
         if name == known.removing:
@@ -111,7 +116,7 @@ def _lost(known: Acknowledged, here: Mapping[str, Any]) -> list[str]:
         for point, turn in session["names"].items():
             found = here[name]["names"].get(point)
             # A branch may have been moved by what was running; that it is there still holds.
-            if found != turn and (not known.running or found is None):
+            if found != turn and found not in kept and (not known.running or found is None):
                 wrong.append(f"{name}@{point} was at {turn}, is at {found}")
     return wrong
 

@@ -49,6 +49,10 @@ class Child:
             for line in lines:
                 yield json.loads(line)
 
+    def fileno(self) -> int:
+        """Of the pipe, for ``select``."""
+        return self._pipe
+
     def kill(self) -> None:
         """SIGKILL; what it told before can still be heard."""
         with suppress(ProcessLookupError):

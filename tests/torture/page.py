@@ -11,6 +11,9 @@ from typing import Any
 PAGE = Path(__file__).parents[2] / "docs" / "torture.md"
 NOT_RUN = "Not run: "
 
+OUTCOMES = ("dead", "healed", "lost", "refused")
+"""What comes of a bit that flips, in the order of the columns."""
+
 
 def part(page: str, name: str) -> str:
     """A generated part of the page as it is."""
@@ -102,6 +105,69 @@ def models(found: Any) -> str:
     bits = {True: "those of a store that never saw the other model", False: "**wrong**"}
     rows = [f"| {row.what} | {row.there} | {row.reused} | {bits[row.same_bits]} |" for row in found.rows]
     return "\n".join([*head, *rows, f"| | **wrong** | {len(found.wrong)} | |"])
+
+
+def flips(found: Any) -> str:
+    """What flipped bits did, by the kind of page they were in."""
+    head = ["| page | " + " | ".join(OUTCOMES) + " |", "|---|" + "--:|" * len(OUTCOMES)]
+    rows = [
+        f"| {kind} | " + " | ".join(f"{counts.get(each, 0):,}" for each in OUTCOMES) + " |"
+        for kind, counts in sorted(found.outcomes.items())
+    ]
+    sums = [("bits flipped", found.flips), ("**served, not found, or state not healed**", len(found.wrong))]
+    return "\n".join([*head, *rows, "", table(sums)])
+
+
+flips_real = flips
+
+
+def fuzz(found: Any) -> str:
+    """What hostile bytes did."""
+    return table(
+        [
+            ("mutated bundles", found.bundles),
+            ("of them refused", found.refused),
+            ("of them sound, and not taken in", found.sound),
+            ("of them taken in, and looked at", found.taken),
+            ("mutated manifests", found.manifests),
+            ("of them refused", found.manifests_refused),
+            ("errors", listed(found.errors)),
+            ("what the process grew by after the first 1,000 of each (MiB)", found.grew_mib),
+            ("**other errors, stores changed, memory beyond the limit**", len(found.wrong)),
+        ]
+    )
+
+
+def gc(found: Any) -> str:
+    """What came back of state that was dropped."""
+    head = [
+        "| model | branches | that lost state | bytes of state | left | foretold, fresh (s) | took"
+        " | foretold, exactly (s) | took | went on fresh | came back with the same bits |",
+        "|---|" + "--:|" * 10,
+    ]
+    rows = [
+        f"| {row.what} | {row.branches} | {row.lost} | {row.before:,} | {row.after:,} | {row.foretold_s:.2f}"
+        f" | {row.took_s:.2f} | {row.exactly_foretold_s:.2f} | {row.exactly_took_s:.2f} | {row.went_on}"
+        f" | {row.same_bits} |"
+        for row in found.rows
+    ]
+    return "\n".join([*head, *rows, "", table([("**branches lost, other bits, foretold wrongly**", len(found.wrong))])])
+
+
+def commits(found: Any) -> str:
+    """How long turns took to commit while state was written."""
+    return table(
+        [
+            (f"times that {found.tokens:,} tokens of state were written", found.rounds),
+            ("each (MB)", found.state_mb),
+            ("each took (s)", found.written_s),
+            ("turns that committed meanwhile", found.commits),
+            ("a commit, median (ms)", found.median_ms),
+            ("a commit, 99th percentile (ms)", found.p99_ms),
+            ("a commit, worst (ms)", found.worst_ms),
+            ("**lost turns, wrong bits, a 99th percentile over 20 ms**", len(found.wrong)),
+        ]
+    )
 
 
 def _failures(found: Any) -> list[tuple[str, Any]]:

@@ -13,24 +13,22 @@ from exact import harness
 
 from torture import page
 
-PARTS = ("kills", "writes", "full", "crowd", "models")
+PARTS = ("kills", "writes", "flips", "fuzz", "flips_real", "full", "models", "gc", "crowd", "commits")
+
+SMALL = ("kills", "writes", "full", "gc", "crowd", "commits")
+"""Those that have no tests of their own."""
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the small run found. It is a process of its own: it forks, which one with threads must not."""
     out = tmp_path_factory.mktemp("torture") / "found.json"
-    # The wrong-model table has tests of its own.
-    only = ["--only", ",".join(name for name in PARTS if name != "models")]
+    only = ["--only", ",".join(SMALL), "--jobs", "1"]
     command = [sys.executable, "-W", "error", "-m", "torture.run", "--small", *only, "--json", str(out)]
     environment = {**harness.environment(), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert out.exists(), done.stderr[-4000:]
     return json.loads(out.read_text())
-
-
-def wrong(part: Any) -> list[str]:
-    return [] if isinstance(part, str) else part["wrong"]
 
 
 def test_killed_at_any_moment_no_acknowledged_turn_is_lost_and_no_bit_is_wrong(found: dict[str, Any]) -> None:
@@ -42,15 +40,15 @@ def test_killed_at_any_moment_no_acknowledged_turn_is_lost_and_no_bit_is_wrong(f
 
 
 def test_where_writes_fail_the_error_is_documented_and_nothing_acknowledged_is_lost(found: dict[str, Any]) -> None:
-    assert wrong(found["writes"]) == []
+    assert found["writes"]["wrong"] == []
     assert found["writes"]["refused"] > 0
     assert set(found["writes"]["errors"]) <= {"StoreUnavailable"}
 
 
 def test_on_a_full_disk_nothing_acknowledged_is_lost(found: dict[str, Any]) -> None:
-    if isinstance(found["full"], str):
-        pytest.skip(found["full"])
-    assert wrong(found["full"]) == []
+    if "not_run" in found["full"]:
+        pytest.skip(found["full"]["not_run"])
+    assert found["full"]["wrong"] == []
     assert found["full"]["refused"] > 0
 
 
@@ -58,6 +56,18 @@ def test_of_many_processes_none_loses_a_turn_or_is_told_of_another_error(found: 
     assert found["crowd"]["wrong"] == []
     assert found["crowd"]["turns"] > 0
     assert found["crowd"]["reads"] > 0
+
+
+def test_of_state_that_was_dropped_every_branch_goes_on_and_comes_back_with_its_bits(found: dict[str, Any]) -> None:
+    assert found["gc"]["wrong"] == []
+    for row in found["gc"]["rows"]:
+        assert row["branches"] == row["went_on"] == row["same_bits"] == 6
+        assert row["foretold_s"] > 0
+
+
+def test_turns_commit_while_much_state_is_written(found: dict[str, Any]) -> None:
+    assert found["commits"]["wrong"] == []
+    assert found["commits"]["commits"] > found["commits"]["rounds"]
 
 
 @pytest.mark.parametrize("name", PARTS)

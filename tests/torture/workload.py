@@ -249,6 +249,9 @@ def perform(world: World, operation: Operation) -> None:
     """One operation, told of when it begins and when it is done."""
     world.tell({"begins": operation.__name__})
     changed = operation(world)
+    for each in world.loom.kept:  # replies that were refused in the end, and moved their branches on when taken up
+        world.tell(described(world.loom, each.session))
+    world.loom.kept.clear()
     world.tell({"done": operation.__name__, **described(world.loom, changed)})
 
 

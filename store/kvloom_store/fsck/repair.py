@@ -107,7 +107,7 @@ def plan(report: Report) -> Plan:
 
 def _action(found: Finding) -> Action | None:
     kind, table = found.kind, found.table
-    if kind in (Kind.UNWRITTEN, Kind.SET_ASIDE) or (kind == Kind.INDEX and found.severity == Severity.NOTE):
+    if kind in (Kind.UNWRITTEN, Kind.SET_ASIDE):
         return None
     if kind == Kind.BIT:
         return Action.MEND

@@ -206,7 +206,8 @@ def missing_tables(reader: Reader) -> Iterator[Finding]:
             yield finding(Kind.PAGE, Severity.LOST, table_named(name) or name, None, None, words)
     made = sqlite.definitions(reader.conn)
     for name, sql in _definitions().items():
-        if name in made and made[name] != sql:
+        is_index = name not in metadata.tables and fulltext.TABLE not in name
+        if made[name] != sql if name in made else is_index:  # of tables that are missing is told above
             words = f"the file does not say of {name} what it was made as: it is written anew"
             yield finding(Kind.PAGE, Severity.HEALS, name, None, None, words)
 

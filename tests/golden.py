@@ -1,6 +1,6 @@
 """The golden bundle: a small conversation, record by record, the same bytes in every process.
 
-``python tests/sessions/golden.py`` writes it to tests/data/bundles; a test fails when what would be written there
+``python tests/golden.py`` writes it to tests/data/bundles; a test fails when what would be written there
 has changed.
 """
 
@@ -39,7 +39,7 @@ from kvloom_store.checksum import digest
 from kvloom_store.trie import pack_tokens
 from kvloom_store.turns import chained_digest
 
-FOLDER = Path(__file__).parents[1] / "data" / "bundles"
+FOLDER = Path(__file__).parent / "data" / "bundles"
 FILES = {"talk.kvb": Encoding.PROTOBUF, "talk.kvm": Encoding.MSGPACK}
 
 PAIR = (TensorSpec("keys", "bfloat16", (1, 2), 1), TensorSpec("values", "bfloat16", (1, 2), 1))
