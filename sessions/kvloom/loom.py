@@ -173,13 +173,14 @@ class KVLoom:
             resumer.adopt(self._prefetch)
         return resumer
 
-    def prefetch(self, session: str, branch: str) -> None:
+    def prefetch(self, session: Session, branch: str) -> None:
         """Begin to read a branch's state, if the model is still to be loaded: it is there when the model is."""
         from kvloom.prefetch import Prefetch
 
         to_load = isinstance(self._model, str) and "engine" not in self.__dict__
         if to_load and self._device == "cpu" and self._prefetch is None:
-            self._prefetch = Prefetch(self.database, session, branch)
+            digest = bytes.fromhex(session.settings["model_digest"])
+            self._prefetch = Prefetch(self.database, session.name, branch, digest)
 
     def session(
         self,
