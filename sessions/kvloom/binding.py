@@ -148,6 +148,10 @@ def add_model(session: Session, source: str | None = None) -> list[str]:
             and ChatTemplate.of(loom.engine.tokenizer, source=source).source != there["chat_template"]
         ):
             raise RefExists("session with another chat template", session.name)
+        if there["model"] != loom.engine.name:  # it lies somewhere else now, and is found there from now on
+            known = bindings(settings)
+            moved = [{**each, "model": loom.engine.name} if each == there else each for each in known]
+            _remember(session, together(moved))
         return []
     if len(bindings(settings)) == MOST_MODELS:
         raise SessionError(f"{session.name} has {MOST_MODELS} models already", hint="export it, and go on in a copy")

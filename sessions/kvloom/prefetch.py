@@ -22,7 +22,7 @@ ROOM = 1024
 
 
 class Prefetch:
-    """A thread that loads the state of a branch under one model (its digest) into a buffer. What goes wrong there is met
+    """A thread that loads the state of a branch under one model (a digest) into a buffer. What goes wrong there is met
     again, and reported, by whoever needs the state."""
 
     def __init__(self, database: Database, session: str, branch: str, model: bytes) -> None:

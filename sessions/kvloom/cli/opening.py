@@ -243,7 +243,7 @@ def open_loom(
     return KVLoom(
         options.path,
         model=name,
-        dtype=own or dtype or chosen.dtype,
+        dtype=own or dtype or (known or {}).get("dtype") or chosen.dtype,
         device=options.device or chosen.device,
         codec=chosen.codec or DEFAULT_CODEC,
         keyframe_spacing=int(chosen.keyframe_spacing),
