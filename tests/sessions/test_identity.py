@@ -183,7 +183,7 @@ SAME_FUNCTION = {
     "ids of tokens that generation stops or pads at": _config(bos_token_id=1, eos_token_id=[2, 3], pad_token_id=0),
     "how weights were drawn before training": _config(initializer_range=0.5),
     "names of the classes of another head": _config(id2label={"0": "a", "1": "b"}),
-    "a float that was written as a whole number": _config(rope_parameters={"rope_type": "default", "rope_theta": 10000}),
+    "a float written as a whole number": _config(rope_parameters={"rope_type": "default", "rope_theta": 10000}),
     "settings of generation": _generation,
     "weights in several files": _in_parts,
     "sides and lengths that the tokenizer pads to": _padded,
