@@ -485,6 +485,15 @@ class Session:
                 cut.discard(conn, point.turn)
             return True
 
+    def only_on(self, branch: str) -> int:
+        """How many turns go with a branch if it is removed: no other branch and no tag leads to them. Raises
+        RefNotFound."""
+        from kvloom_store import removal
+
+        row = self.branch(branch).row
+        with self._loom.database.read() as conn:
+            return len(conn.execute(removal.only_of_branch(conn, row)).all())
+
     def rename(self, name: str) -> None:
         """Give the session another name. Raises RefExists, InvalidName."""
         with self._loom.database.write() as conn:
