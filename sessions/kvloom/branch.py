@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from kvloom.binding import check_model
 from kvloom.choices import Choice, check_texts
-from kvloom.errors import InvalidText, NothingToDo, RefNotFound, SessionError
+from kvloom.errors import InvalidText, NothingToDo, RefNotFound, ReuseRequired, SessionError
 from kvloom.path import merged, path_to, tip_of
 from kvloom.plaintext import check_unicode
 from kvloom.sampling import SamplingSettings, check_siblings
@@ -78,8 +78,8 @@ class Branch:
         Raises:
             InvalidText, ModelMismatch, ContextOverflow, ReuseRequired; nothing is stored then.
         """
-        parent, tip, prompt, messages = self._prompt(text)
         options = self._options(reuse, require_reuse, cancel, progress, exact=exact)
+        parent, tip, prompt, messages, options = self._prompt(text, options)
         return self._run(parent, tip, prompt.ids, prompt.kept, messages[-1], self._chosen(settings, sampling), options)
 
     def sample(
@@ -192,10 +192,10 @@ class Branch:
         from kvloom.choosing import ChoiceRun, replies
 
         check_texts(choices)
-        parent, tip, prompt, messages = self._prompt(text)
+        options = self._options(reuse, require_reuse, cancel, progress, exact=exact)
+        parent, tip, prompt, messages, options = self._prompt(text, options)
         given = replies(self._loom.engine, self.session.template(), messages, prompt.ids, choices)
         settings = self._chosen(None, {})
-        options = self._options(reuse, require_reuse, cancel, progress, exact=exact)
         return self._run(
             parent, tip, prompt.ids, prompt.kept, messages[-1], settings, options, run=partial(ChoiceRun, given)
         )
@@ -214,7 +214,7 @@ class Branch:
         from kvloom.choosing import more, replies, score_at
 
         check_texts(texts)
-        path, states = self._written(cancel, progress)
+        path, states, _ = self._written(self._options(True, False, cancel, progress))
         parent, tip = self._unfinished(path, states)
         ids, engine = self._ids_to(tip), self._loom.engine
         if parent.role == "assistant":
@@ -239,8 +239,8 @@ class Branch:
         Raises:
             NothingToDo: the reply is complete, or nothing was said yet.
         """
-        parent, tip = self._unfinished(*self._written(cancel, progress))
-        options = self._options(True, False, cancel, progress, exact=exact)
+        path, states, options = self._written(self._options(True, False, cancel, progress, exact=exact))
+        parent, tip = self._unfinished(path, states)
         continues = parent.role == "assistant"
         return self._go_on(parent, tip, self._chosen(settings, sampling), options, continues=continues)
 
@@ -260,13 +260,12 @@ class Branch:
         Raises:
             NothingToDo: there is no message to reply to.
         """
-        path, states = self._written(cancel, progress)
+        path, states, options = self._written(self._options(True, False, cancel, progress, exact=exact))
         while path and path[-1].role == "assistant":
             path.pop()
         parent, tip = tip_of(path, states)
         if parent is None or tip is None or parent.role == "system":
             raise NothingToDo("there is no reply to regenerate", hint="kvloom say SESSION TEXT")
-        options = self._options(True, False, cancel, progress, exact=exact)
         return self._go_on(parent, tip, self._chosen(settings, sampling), options, continues=False)
 
     def undo(self) -> None:
@@ -322,7 +321,7 @@ class Branch:
     def _path(self) -> tuple[list[Turn], dict[int, TurnState]]:
         """The turns down to the branch as it stands now, and what this model made of them."""
         self._loom.keep_unfinished()
-        self._loom.prefetch(self.session.name, self.name)
+        self._loom.prefetch(self.session, self.name)
         check_model(self.session)
         root = self._loom.root
         with self._loom.database.read() as conn:
@@ -332,17 +331,29 @@ class Branch:
             self._row = point.branch
             return path_to(conn, point.turn, root)
 
-    def _written(
-        self, cancel: threading.Event | None, progress: Progress | None
-    ) -> tuple[list[Turn], dict[int, TurnState]]:
-        """The path, whose last turns have tokens: text that was imported is written by the template, and run, first."""
-        path, states = self._path()
-        if path and path[-1].role != "system" and path[-1].row not in states:
-            self.session.warm(self.name, cancel=cancel, progress=progress)
-            path, states = self._path()
-        return path, states
+    def _written(self, options: RunOptions) -> tuple[list[Turn], dict[int, TurnState], RunOptions]:
+        """The path, whose last turn has tokens and state under this model: where it was imported, or said under another
+        one, its turns are run first, which the options then tell of.
 
-    def _prompt(self, text: str) -> tuple[Turn | None, TurnState | None, Prompt, list[dict[str, Any]]]:
+        Raises:
+            ReuseRequired: that would have to be run, and nothing is to be.
+            SessionError: it was stopped; what was computed is kept.
+        """
+        path, states = self._path()
+        if not path or path[-1].role == "system" or path[-1].row in states:
+            return path, states, options
+        if options.require_reuse:
+            held = max((state.state_end for state in states.values()), default=0)
+            raise ReuseRequired(held, held + self.session.missing(self.name).cost.to_run)
+        before = self.session.warm(self.name, cancel=options.cancel, progress=options.progress)
+        if options.cancel is not None and options.cancel.is_set():
+            hint = "the same command goes on with it"
+            raise SessionError("stopped while the model was reading what had been said; nothing was said", hint=hint)
+        return *self._path(), replace(options, before=before)
+
+    def _prompt(
+        self, text: str, options: RunOptions
+    ) -> tuple[Turn | None, TurnState | None, Prompt, list[dict[str, Any]], RunOptions]:
         """Where a text is said, what the model is to see, and the messages up to it. Raises what ``stream`` does."""
         from kvloom.template import extend
 
@@ -350,6 +361,10 @@ class Branch:
             raise InvalidText("there is nothing to say", hint="give some text")
         check_unicode(text)
         path, states = self._path()
+        if (
+            len(self.session.models) > 1
+        ):  # else a path without state is text that was imported, and is written as a whole
+            path, states, options = self._written(options)
         parent, tip = tip_of(path, states)
         history, reply_start = merged(path, states)
         message = {"role": "user", "content": text}
@@ -364,7 +379,7 @@ class Branch:
             eos_ids=engine.eos_ids,
         )
         engine.check_ids(prompt.ids)
-        return parent, tip, prompt, [*history, message]
+        return parent, tip, prompt, [*history, message], options
 
     def _unfinished(self, path: Sequence[Turn], states: Mapping[int, TurnState]) -> tuple[Turn, TurnState]:
         """The last turn and its state, if something can follow it that is not a message. Raises NothingToDo."""
@@ -436,10 +451,10 @@ class Branch:
         from kvloom.sample import SampleRun
 
         if text is not None:
-            parent, tip, prompt, messages = self._prompt(text)
+            parent, tip, prompt, messages, options = self._prompt(text, options)
             made = self._run(parent, tip, prompt.ids, prompt.kept, messages[-1], settings, options, run=run)
         else:
-            path, states = self._written(options.cancel, options.progress)
+            path, states, options = self._written(options)
             if self._is_complete(*tip_of(path, states)):
                 while path and path[-1].role == "assistant":
                     path.pop()

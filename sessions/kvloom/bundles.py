@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from kvloom._version import __version__
-from kvloom.binding import is_bound
+from kvloom.binding import MOST_MODELS, OTHERS, bindings, identified, is_bound, together
 from kvloom.errors import FormatError, NothingToDo, SessionError
 from kvloom.models import ALIASES
 from kvloom.template import ChatTemplate
@@ -73,7 +73,7 @@ def write(
         else:
             chosen = bundle_out.one_path(conn, _point(conn, ref), ref.point or MAIN)
         plan = bundle_plan.plan(conn, chosen, text_only=text_only)
-        settings = {**session.settings, "model": bundle_out.shown_name(session.settings["model"])}
+        settings = together([{**each, "model": bundle_out.shown_name(each["model"])} for each in session.models])
         made = Writer(file, ENCODINGS[encoding])
         for record in bundle_out.records(conn, plan, settings, writer=f"kvloom {__version__}", text_only=text_only):
             made.add(record)
@@ -104,7 +104,7 @@ def read(
 ) -> Imported:
     """Read a bundle into a store; see ``KVLoom.import_bundle``."""
     rules = Rules(check_settings, check_turn)
-    sessions = bundle_in.Sessions(_adopted, _difference)
+    sessions = bundle_in.Sessions(_adopted, _difference, _names, _merged)
     if file.seekable() and file.tell() == 0:
         return bundle_in.import_bundle(
             loom.database, file, rules, sessions, name=name, text_only=text_only, progress=progress
@@ -120,21 +120,36 @@ def read(
 
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Whether these are a session's settings, as ``binding`` makes them. Raises FormatError."""
+    others = settings.get(OTHERS, [])
+    if not isinstance(others, list) or not all(isinstance(each, Mapping) for each in others):
+        raise FormatError("a session's other models are maps", field=f"session.settings.{OTHERS}")
+    if len(others) >= MOST_MODELS:
+        raise FormatError(f"a session has at most {MOST_MODELS} models", field=f"session.settings.{OTHERS}")
+    _check_binding(settings, "session.settings")
+    for number, each in enumerate(others):
+        _check_binding(each, f"session.settings.{OTHERS}[{number}]")
+        if not (is_bound(settings) and is_bound(each)):
+            raise FormatError("a session that has other models has one of its own", field=f"session.settings.{OTHERS}")
+    if len({each["model_digest"] for each in (settings, *others)}) <= len(others):
+        raise FormatError("a session has each model once", field=f"session.settings.{OTHERS}")
+
+
+def _check_binding(settings: Mapping[str, Any], at: str) -> None:
     for key, kind in _SETTINGS.items():
         if not isinstance(settings.get(key), kind):
-            raise FormatError(f"the session's {key} is no {kind.__name__}", field=f"session.settings.{key}")
+            raise FormatError(f"the session's {key} is no {kind.__name__}", field=f"{at}.{key}")
     if not all(isinstance(value, str) for value in settings["model_fields"].values()):
-        raise FormatError("the fields of a model are texts", field="session.settings.model_fields")
+        raise FormatError("the fields of a model are texts", field=f"{at}.model_fields")
     try:
         bytes.fromhex(settings["model_digest"])
         template = ChatTemplate(settings["chat_template"], settings["template_options"], settings["clock"])
         known = template.checked_digest()
     except (ValueError, SessionError) as error:
-        raise FormatError(f"the session's settings make no sense: {error}", field="session.settings") from error
+        raise FormatError(f"the session's settings make no sense: {error}", field=at) from error
     if len(settings["chat_template"]) > MAX_TEMPLATE_BYTES:
-        raise FormatError("the chat template is too large", field="session.settings.chat_template")
+        raise FormatError("the chat template is too large", field=f"{at}.chat_template")
     if is_bound(settings) and known != settings["template_digest"]:
-        raise FormatError("the digest is not that of the template", field="session.settings.template_digest")
+        raise FormatError("the digest is not that of the template", field=f"{at}.template_digest")
 
 
 def check_turn(message: Mapping[str, Any], settings: Mapping[str, Any], timings: Mapping[str, Any]) -> None:
@@ -157,10 +172,17 @@ def check_turn(message: Mapping[str, Any], settings: Mapping[str, Any], timings:
             raise FormatError(f"the timing {key} is no number", field="turn.timings")
 
 
-def _adopted(settings: Mapping[str, Any], known: str | None) -> dict[str, Any]:
-    """The settings with a model that can be had here: what a bundle says of where it lies is never used."""
-    name = settings["model"] if settings["model"] in ALIASES else ""
-    return {**settings, "model": known or name}
+def _adopted(settings: Mapping[str, Any], known: Mapping[str, str]) -> dict[str, Any]:
+    """The settings with models that can be had here: what a bundle says of where they lie is never used."""
+    return together(
+        [
+            {
+                **{name: each[name] for name in _SETTINGS},
+                "model": known.get(each["model_digest"]) or (each["model"] if each["model"] in ALIASES else ""),
+            }
+            for each in bindings(settings)
+        ]
+    )
 
 
 def _difference(here: Mapping[str, Any], there: Mapping[str, Any]) -> str | None:
@@ -168,3 +190,14 @@ def _difference(here: Mapping[str, Any], there: Mapping[str, Any]) -> str | None
         return None if here["clock"] == there["clock"] else "it began at another time"
     keys = [key for key in _SETTINGS if key != "model" and here[key] != there[key]]
     return f"its {keys[0].replace('_', ' ')} differs" if keys else None
+
+
+def _names(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The names under which a session of this store knows models, by their digests."""
+    return {each["model_digest"]: each["model"] for each in bindings(settings) if each["model"]}
+
+
+def _merged(here: Mapping[str, Any], there: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a session that is here with those of its models that only the bundle has."""
+    new = [each for each in bindings(there) if is_bound(each) and identified(here, each["model_digest"]) is None]
+    return together([*bindings(here), *new]) if is_bound(here) and new else dict(here)

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from kvloom.binding import identified
 from kvloom.report import Tokens
+from kvloom.translated import root_of
 from kvloom_store import cut, rates, refs, turns
 from kvloom_store.rates import Speed
 from kvloom_store.turns import Turn
@@ -70,7 +72,10 @@ def cost(session: Session, prices: Prices | None = None) -> SessionCost:
     with session.loom.database.read() as conn:
         said = turns.of_session(conn, session.row.row)
         places = turns.token_counts(conn, session.row.row)
-        speed = rates.prefill([turn for row in _alike(conn, session) for turn in turns.of_session(conn, row)])
+        root = root_of(conn, session.settings)
+        timed = rates.of_model(conn, root) if root is not None else set()
+        alike = (turn for row in _alike(conn, session) for turn in turns.of_session(conn, row))
+        speed = rates.prefill([turn for turn in alike if turn.row in timed])
     prices = prices or Prices()
     records = [turn.timings["tokens"] for turn in said if "tokens" in turn.timings]
     tokens = Tokens(**{name: sum(record.get(name, 0) for record in records) for name in asdict(Tokens())})
@@ -86,9 +91,9 @@ def cost(session: Session, prices: Prices | None = None) -> SessionCost:
 
 
 def _alike(conn: sa.Connection, session: Session) -> list[int]:
-    """The sessions under the same model in the same precision: what they timed holds for this one."""
+    """The sessions that the same model in the same precision reads: what it timed there holds for this one."""
     same = session.settings["model_digest"]
-    return [each.row for each in refs.sessions(conn) if each.settings.get("model_digest") == same]
+    return [each.row for each in refs.sessions(conn) if identified(each.settings, same)]
 
 
 def hosted(said: Sequence[Turn], places: Mapping[int, tuple[int, int]], prices: Prices) -> Hosted:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvloom.passes import KEYFRAME_SPACING
-from kvloom.path import path_to
+from kvloom.translated import root_of
 from kvloom_store import outlook, rates, trie, turns
 
 if TYPE_CHECKING:
@@ -37,11 +37,12 @@ class Dropped:
 def dropped(session: Session, turn: int | None) -> Dropped:
     """What bringing back the state down to a turn (its row) takes, if some of it was dropped."""
     with session.loom.database.read() as conn:
-        own = turns.states_of(conn, [turn]) if turn is not None else []
-        if not own or turn is None:
+        root = root_of(conn, session.settings)
+        if turn is None or root is None:
             return Dropped()
-        _, states = path_to(conn, turn, own[-1].root)
-        tip = states[turn]
+        tip = turns.best_state(turns.states_of(conn, [turn]), root)
+        if tip is None:
+            return Dropped()
         ids = trie.tokens_to(conn, tip.position.node, tip.position.offset)[: tip.state_end]
         fresh = outlook.of_tokens(conn, tip.root, ids, tip, grid=KEYFRAME_SPACING, logits=False)
         if not fresh.dropped:

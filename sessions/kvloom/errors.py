@@ -14,6 +14,8 @@ KVLoomError                 catch-all: .hint says what to do next, .exit_code is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvloom_proto.errors import (
     ChecksumMismatch,
     FormatError,
@@ -95,14 +97,17 @@ class ModelNotFound(EngineError):
 
 
 class ModelMismatch(EngineError):
-    """The model is not the one the stored state belongs to. ``field`` names what differs."""
+    """The model is not one the stored state belongs to. ``fields`` names all that differ, ``field`` the first."""
 
-    def __init__(self, field: str, stored: str, live: str) -> None:
+    def __init__(self, field: str, stored: str, live: str, *, also: Sequence[str] = ()) -> None:
+        more = f"; {', '.join(also)} {'differ' if len(also) > 1 else 'differs'}, too" if also else ""
         super().__init__(
-            f"this session's state belongs to another model: {field} is {live!r}, stored {stored!r}",
-            hint="use the model the session was made with (kvloom show SESSION names it), or start a new session",
+            f"this session's state belongs to another model: {field} is {live!r}, stored {stored!r}{more}",
+            hint="use the model the session was made with (kvloom show SESSION names it);"
+            " kvloom say SESSION TEXT --model NAME goes on under another one, too, and keeps the state of both",
         )
         self.field = field
+        self.fields = (field, *also)
         self.stored = stored
         self.live = live
 

@@ -18,6 +18,7 @@ from kvloom.plaintext import check_unicode
 from kvloom.template import ChatTemplate, Message, common, extend
 from kvloom.tokens import text_of
 from kvloom.transcripts import checked
+from kvloom.warm import unread
 from kvloom.why import Asked, Finding, Foreseen, Stored, StoredTurn, Wait, Why, compare, plain
 from kvloom_store import outlook, rates, refs, roots, spans, trie, turns
 from kvloom_store.names import Ref
@@ -65,6 +66,8 @@ def of_text(session: Session, ref: Ref, text: str) -> Why:
             path[-1], tip = _cut(conn, model, path[-1], tip, point.token)
         history, reply_start = merged(path, {**tree.states, **({path[-1].row: tip} if path and tip else {})})
         before = trie.tokens_to(conn, tip.position.node, tip.position.offset) if tip else []
+        if tip is None and tree.root is not None and len(session.models) > 1:
+            tip, before, reply_start = unread(conn, session, tree.root, point.turn, template, model)
         said = [{"role": "user", "content": text}]
         prompt = extend(
             template, model.tokenizer, history, before, said, reply_start=reply_start, eos_ids=model.eos_ids
@@ -227,7 +230,7 @@ def _stored(conn: sa.Connection, tree: _Tree, ids: Sequence[int], at: int | None
     if row is None:
         return Stored((), [plain(message) for message in merged(tree.path(at), tree.states)[0]], ())
     path, position = tree.path(row), tree.states[row].position
-    whole, own = _whole_path(tree, path, at), {span.turn.row: span for span in spans.of_path(conn, path)}
+    whole, own = _whole_path(tree, path, at), {span.turn.row: span for span in spans.of_path(conn, path, tree.root)}
     said: list[StoredTurn] = []
     message, first, end = -1, 0, 0
     for turn in whole:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from kvloom.prefetch import Prefetch
     from kvloom.resume import Resumer
     from kvloom_store.bundle_in import Imported
+    from kvloom_store.erase import Erased
     from kvloom_store.fsck import Report
     from kvloom_store.gc import Collected
     from kvloom_store.journal import Kept
@@ -173,13 +174,14 @@ class KVLoom:
             resumer.adopt(self._prefetch)
         return resumer
 
-    def prefetch(self, session: str, branch: str) -> None:
+    def prefetch(self, session: Session, branch: str) -> None:
         """Begin to read a branch's state, if the model is still to be loaded: it is there when the model is."""
         from kvloom.prefetch import Prefetch
 
         to_load = isinstance(self._model, str) and "engine" not in self.__dict__
         if to_load and self._device == "cpu" and self._prefetch is None:
-            self._prefetch = Prefetch(self.database, session, branch)
+            digest = bytes.fromhex(session.settings["model_digest"])
+            self._prefetch = Prefetch(self.database, session.name, branch, digest)
 
     def session(
         self,
@@ -317,15 +319,33 @@ class KVLoom:
 
         return transcripts.take_in(self, name, branches)
 
-    def remove(self, name: str) -> None:
-        """Take a session away, with the state that no other one shares. Raises RefNotFound."""
-        from kvloom_store import removal
+    def remove(self, name: str, *, erase: bool = False) -> Erased:
+        """Take a session away, with the state that no other one shares.
 
-        self.flush()
-        with self.database.write() as conn:
-            removal.remove_session(conn, refs.get_session(conn, name).row)
-        if "resumer" in self.__dict__:  # what it holds may be state of turns that are gone
-            self.resumer.forget()
+        ``erase``: for good. Nothing of its text, tokens and state stays in the file; where another session begins
+        alike, its state may have to be computed anew.
+
+        Raises RefNotFound; with ``erase`` StoreLocked, StoreUnavailable: it is taken away, and may be in the file yet.
+        """
+        from kvloom import removing
+
+        return removing.session(self, name, erase=erase)
+
+    def remove_branch(self, session: str, branch: str, *, erase: bool = False) -> Erased:
+        """Take a branch away, with the turns that no other branch and no tag leads to, and all below them.
+
+        ``erase`` is as in ``remove``. Raises RefNotFound, NothingToDo (it is the session's only one), and what
+        ``remove`` raises.
+        """
+        from kvloom import removing
+
+        return removing.branch(self, session, branch, erase=erase)
+
+    def scrub(self) -> None:
+        """Write the file anew: nothing is left in it of what was deleted. Raises StoreLocked, StoreUnavailable."""
+        from kvloom import removing
+
+        removing.scrub(self)
 
     def gc(
         self,

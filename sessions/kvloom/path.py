@@ -60,8 +60,9 @@ def merged(path: Sequence[Turn], states: Mapping[int, TurnState]) -> tuple[list[
     messages = said(path)
     if not messages or messages[-1].message["role"] != "assistant":
         return [each.message for each in messages], None
-    state = states.get(messages[-1].turns[0].row)
-    return [each.message for each in messages], state.start if state is not None else None
+    # Of a reply that was continued under another model, only its last turn has tokens under this one.
+    starts = (states[turn.row].start for turn in messages[-1].turns if turn.row in states)
+    return [each.message for each in messages], next(starts, None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import threading
 
 from kvloom_proto.errors import KVLoomError
 from kvloom_proto.records import LayerSpec
-from kvloom_store import loading, planner, refs, restore, turns
+from kvloom_store import loading, planner, refs, restore, roots, turns
 from kvloom_store.database import Database
 from kvloom_store.names import Ref
 from kvloom_store.planner import Plan
@@ -22,11 +22,12 @@ ROOM = 1024
 
 
 class Prefetch:
-    """A thread that loads the state of a branch into a buffer. What goes wrong there is met again, and reported, by
-    whoever needs the state."""
+    """A thread that loads the state of a branch under one model (a digest) into a buffer. What goes wrong there is met
+    again, and reported, by whoever needs the state."""
 
-    def __init__(self, database: Database, session: str, branch: str) -> None:
+    def __init__(self, database: Database, session: str, branch: str, model: bytes) -> None:
         self._database = database
+        self._model = model
         self._ref = Ref(session, branch, 0)
         self._buffer: RowBuffer | None = None
         self.plan: Plan | None = None
@@ -50,7 +51,9 @@ class Prefetch:
         with self._database.read() as conn:
             point = refs.resolve(conn, self._ref)
             path = reversed(turns.path_to(conn, point.turn))
-            states = (state for turn in path for state in turns.states_of(conn, [turn.row]))
+            row = roots.find_model(conn, self._model)
+            root = roots.find_root(conn, row) if row is not None else None
+            states = (state for turn in path for state in turns.states_of(conn, [turn.row]) if state.root == root)
             found = next(((segment, state.state_end) for state in states if (segment := _segment(state))), None)
             if found is None:
                 return

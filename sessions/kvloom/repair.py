@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvloom.binding import identified
 from kvloom.errors import CorruptRow, EngineError, StoreError
-from kvloom_store import refs, restore, trie, turns
+from kvloom_store import refs, restore, roots, trie, turns
 from kvloom_store.fsck import repair
 from kvloom_store.fsck.segments import is_whole
 from kvloom_store.planner import StateDamaged
@@ -30,11 +31,12 @@ ROUNDS = 4
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Segments of one model that must be computed again, and a session whose model that is (None: none is known)."""
+    """Segments of one model that must be computed again, and a session that is read by it (None: none is known)."""
 
     root: int
     session: str | None
     model: str
+    dtype: str
     segments: tuple[int, ...]
 
 
@@ -48,8 +50,12 @@ def work(conn: sa.Connection, segments: Sequence[int]) -> list[Work]:
     found = []
     for root, some in by_root.items():
         name = sessions[root]
-        model = str(refs.get_session(conn, name).settings.get("model", "")) if name is not None else ""
-        found.append(Work(root, name, model, tuple(some)))
+        if name is None:
+            found.append(Work(root, None, "", "", tuple(some)))
+            continue
+        settings = refs.get_session(conn, name).settings
+        mine = identified(settings, roots.model_of_root(conn, root)["digest"].hex()) or settings
+        found.append(Work(root, name, str(mine["model"]), str(mine["dtype"]), tuple(some)))
     return found
 
 

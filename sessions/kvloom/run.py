@@ -17,7 +17,7 @@ from kvloom.engine import Cancelled, Progress
 from kvloom.errors import SessionError
 from kvloom.journal import Journal
 from kvloom.passes import schedule_of
-from kvloom.report import Reply, Restored, Seconds, Tokens
+from kvloom.report import Added, Reply, Restored, Seconds, Tokens
 from kvloom.resume import Account
 from kvloom.sampling import SamplingSettings, fresh_seed
 from kvloom.scores import TokenScore
@@ -36,13 +36,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """How to run, apart from how to sample."""
+    """How to run, apart from how to sample. ``before`` is what was computed of the path for this run already."""
 
     reuse: bool = True
     require_reuse: bool = False
     exact: bool = False
     cancel: threading.Event | None = None
     progress: Progress | None = None
+    before: Added | None = None
 
 
 class Run:
@@ -105,11 +106,13 @@ class Run:
                     self._loom.resumer.forget()
 
     def _run(self) -> Iterator[str]:
-        began = time.perf_counter()
+        before = self._options.before
+        began = time.perf_counter() - (before.seconds if before else 0.0)
         try:
+            resumed = time.perf_counter()
             live, account = self._bring_back()
             # Waiting for what is read ahead counts, too; computing anew what was dropped does not.
-            account.seconds = time.perf_counter() - began - self._prefilled
+            account.seconds = time.perf_counter() - resumed - self._prefilled
         except (Cancelled, KeyboardInterrupt) as error:
             turn = self._keep_message()
             self._finish(turn, "", INTERRUPTED, Account(), (), began, None, 0.0)
@@ -117,6 +120,8 @@ class Run:
                 raise
             return
         self._commits.notices += account.notices
+        if before is not None:
+            self._count_before(before, account)
         passes: list[tuple[int, int]] = []
         logits, interrupted = None, None
         try:
@@ -262,6 +267,14 @@ class Run:
             )
             self._prefilled = time.perf_counter() - began if self._computed else 0.0
         return live, account
+
+    def _count_before(self, before: Added, account: Account) -> None:
+        """What was run of the path for this run is no state that was there: it is told as what it was."""
+        account.replayed += before.tokens.replayed
+        account.reused = max(0, account.reused - before.tokens.replayed - before.tokens.computed)
+        self._computed += before.tokens.computed
+        self._prefilled += before.seconds if before.tokens.computed else 0.0
+        self._commits.notices += before.notices
 
     def _keep_message(self) -> Turn | None:
         """Stopped while state was being replayed: the message is kept, its tokens are pending."""

@@ -10,11 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from kvloom.binding import bindings, identified
 from kvloom.branch import Branch
 from kvloom.errors import NothingToDo, RefNotFound
 from kvloom_proto.codecs import AUTO
 from kvloom_proto.scores import TokenScore, read_scores
-from kvloom_store import cut, explorations, pins, refs, spans, trie, turns
+from kvloom_store import cut, explorations, pins, refs, roots, spans, trie, turns
 from kvloom_store.names import MAIN, Ref, parse_ref
 from kvloom_store.refs import SessionRow
 from kvloom_store.spans import Span
@@ -75,6 +76,7 @@ class Session:
     def __init__(self, loom: KVLoom, row: SessionRow) -> None:
         self._loom = loom
         self._row = row
+        self._used: Mapping[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -97,9 +99,34 @@ class Session:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What was fixed when the session began: model, dtype, chat template, its options and clock; of text that was
-        imported and has met no model yet, empty texts."""
-        return self._row.settings
+        """What is fixed of the model in use, at first the session's own: its name, dtype, chat template, the template's
+        options and clock; of text that was imported and has met no model yet, empty texts."""
+        return self._used if self._used is not None else bindings(self._row.settings)[0]
+
+    @property
+    def models(self) -> list[Mapping[str, Any]]:
+        """The same of every model that the session is read by, its own first."""
+        return list(bindings(self._row.settings))
+
+    def use(self, settings: Mapping[str, Any]) -> None:
+        """Read the session as one of its ``models`` does from now on."""
+        self._used = settings
+        self.__dict__.pop("tokenizer", None)
+
+    def add_model(self, chat_template: str | None = None) -> list[str]:
+        """Let the session be gone on with under the store's model, too: in which fields that differs from its own.
+
+        [] if it is one of the session's models already. Nothing is run before it is used: then this model's state of a
+        path is computed, once, and kept beside that of the others. ``chat_template`` is Jinja text; without it, a model
+        with the same tokenizer has the session's own, and another one the template that it brings.
+
+        Raises:
+            ModelMismatch: it differs from one of the session's models in its tokenizer alone.
+            RefExists, SessionError: the session has another template for it; it is none.
+        """
+        from kvloom import binding
+
+        return binding.add_model(self, chat_template)
 
     def template(self) -> ChatTemplate:
         """The session's own chat template, with the options and the clock it began with."""
@@ -417,7 +444,8 @@ class Session:
             if point.token is None:
                 return shown
             span = _span(conn, point)
-            text = shown[-1].text if self.tokenizer is None else self._partial(conn, span, point.token).text
+            decoder = self.decoder(conn, span.state.root)
+            text = shown[-1].text if decoder is None else _partial(conn, decoder, span, point.token).text
         tokens, reason = point.token - span.state.start, cut.CUT if span.turn.role == "assistant" else None
         last = replace(
             shown[-1], text=text, tokens=tokens, finish_reason=reason, branches=(), tags=(), cut=True, score=None
@@ -457,6 +485,15 @@ class Session:
                 cut.discard(conn, point.turn)
             return True
 
+    def only_on(self, branch: str) -> int:
+        """How many turns go with a branch if it is removed: no other branch and no tag leads to them. Raises
+        RefNotFound."""
+        from kvloom_store import removal
+
+        row = self.branch(branch).row
+        with self._loom.database.read() as conn:
+            return len(conn.execute(removal.only_of_branch(conn, row)).all())
+
     def rename(self, name: str) -> None:
         """Give the session another name. Raises RefExists, InvalidName."""
         with self._loom.database.write() as conn:
@@ -477,21 +514,27 @@ class Session:
             return
         from kvloom.tokens import needed_tokenizer
 
-        if self.tokenizer is None:
-            self.tokenizer = needed_tokenizer(self._loom, self.settings)
         with self._loom.database.read() as conn:
             span = _span(conn, point)
-            said = self._partial(conn, span, point.token)
+            decoder = self.decoder(conn, span.state.root) or needed_tokenizer(
+                self._loom, self._read_by(conn, span.state.root)
+            )
+            said = _partial(conn, decoder, span, point.token)
         with self._loom.database.write() as conn:
             yield conn, cut.add(conn, span.turn, span.state, point.token, said.text, said.settings).row
 
-    def _partial(self, conn: sa.Connection, span: Span, token: int) -> Partial:
-        from kvloom.partial import partial
+    def decoder(self, conn: sa.Connection, root: int) -> Decoder | None:
+        """What turns the tokens of a state of this session into text, by the trie it is in; as ``tokenizer``."""
+        from kvloom.tokens import tokenizer_of
 
-        assert self.tokenizer is not None
-        state = span.state
-        before = trie.tokens_to(conn, state.position.node, state.position.offset)[: state.start]
-        return partial(self.tokenizer, span.turn, state.tokens, token - state.start, before)
+        settings = self._read_by(conn, root)
+        same = settings["tokenizer"] == self.settings["tokenizer"]
+        return self.tokenizer if same else tokenizer_of(self._loom, settings)
+
+    def _read_by(self, conn: sa.Connection, root: int) -> Mapping[str, Any]:
+        """The settings of the model that a trie is of, if it is one of the session's."""
+        digest = roots.model_of_root(conn, root)["digest"].hex()
+        return identified(self._row.settings, digest) or self.settings
 
     def _described(self, conn: Any, shown: Sequence[Turn]) -> list[TreeTurn]:
         ids = {turn.row: turn.id for turn in shown}
@@ -531,6 +574,14 @@ def _file(file: str | Path | BinaryIO) -> AbstractContextManager[BinaryIO]:
     from kvloom.files import written_whole
 
     return written_whole(Path(file)) if isinstance(file, str | Path) else nullcontext(file)
+
+
+def _partial(conn: sa.Connection, tokenizer: Decoder, span: Span, token: int) -> Partial:
+    from kvloom.partial import partial
+
+    state = span.state
+    before = trie.tokens_to(conn, state.position.node, state.position.offset)[: state.start]
+    return partial(tokenizer, span.turn, state.tokens, token - state.start, before)
 
 
 def _span(conn: sa.Connection, point: refs.Point) -> Span:

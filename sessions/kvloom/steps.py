@@ -16,6 +16,7 @@ from kvloom_store.turns import Turn
 
 if TYPE_CHECKING:
     from kvloom.engine import TransformersEngine
+    from kvloom.known_model import KnownModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class Step:
 def steps_of(
     given: Sequence[Given],
     template: ChatTemplate,
-    engine: TransformersEngine,
+    engine: TransformersEngine | KnownModel,
     history: Sequence[Message],
     ids: Sequence[int],
     reply_start: int | None,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvloom.errors import CorruptRow, EngineError
+from kvloom.translated import root_of
 from kvloom_proto.records import ChunkSpec, LayerKind, LayerSpec, Pass, Provenance, Schedule, covered, expand
 from kvloom_store import planner, refs, restore, roots, segments, spans, trie, turns
 from kvloom_store.planner import StateDamaged
@@ -104,6 +105,11 @@ def verify(
     from kvloom.binding import check_model
 
     check_model(session)
+    if receipt.digest != session.settings["model_digest"]:
+        raise EngineError(
+            f"this path ends with a turn that only {receipt.model} has state of",
+            hint=f"kvloom verify {ref} --replay --model {receipt.model}, or kvloom warm {ref} first",
+        )
     with session.loom.engine.lock:
         return _replayed(session, receipt, links, reads, cancel, progress)
 
@@ -111,7 +117,9 @@ def verify(
 def _read_back(conn: sa.Connection, session: Session, ref: Ref) -> tuple[Receipt, list[Link], list[Read]]:
     point = refs.resolve(conn, ref)
     path = turns.path_to(conn, point.turn)
-    found = spans.of_path(conn, path)
+    # A token is counted as refs count it; else the model in use comes first.
+    own = root_of(conn, session.settings) if point.token is None else None
+    found = spans.of_path(conn, path, own)
     tokens = point.token or (found[-1].end if found else 0)
     last = path[-1] if path else None
     receipt = Receipt(

@@ -11,18 +11,21 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kvloom.passes import KEYFRAME_SPACING
-from kvloom.path import merged, path_to
+from kvloom.path import path_to
 from kvloom.report import Added, Cost, Tokens
-from kvloom.steps import Given, Step, cost_of, path_of, steps_of, stretches
+from kvloom.steps import Step, cost_of, path_of, stretches
+from kvloom.translated import root_of, taken, written
 from kvloom_store import outlook, refs, trie, turns
 from kvloom_store.turns import Turn, TurnState
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
 
-    from kvloom.engine import Progress
+    from kvloom.engine import Progress, TransformersEngine
+    from kvloom.known_model import KnownModel
     from kvloom.loom import KVLoom
     from kvloom.session import Session
+    from kvloom.template import ChatTemplate
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +65,10 @@ def missing(session: Session, turn: int | None, *, verify: bool = False, exact: 
     was dropped is to be as it was.
     """
     with session.loom.database.read() as conn:
-        root = _root(conn, turn)
+        root = root_of(conn, session.settings)
         if root is None:
             return Missing(Cost(), sum(each.role != "system" for each in turns.path_to(conn, turn)))
-        return _missing(conn, root, _cold(conn, root, turn, exact), verify, exact)
+        return _missing(conn, root, _cold(conn, session, root, turn, exact), verify, exact)
 
 
 def warm(
@@ -97,9 +100,9 @@ def warm(
     root = loom.root
     loom.flush()
     with loom.database.read() as conn:
-        cold = _cold(conn, root, turn, exact)
+        cold = _cold(conn, session, root, turn, exact)
         branch = refs.branches(conn, session.row.row)[0]  # none is moved: the turns are there
-    steps, parent = _steps(session, cold), cold.before[-1] if cold.before else None
+    steps, parent = _steps(cold, session.template(), loom.engine), cold.before[-1] if cold.before else None
     added = Added(session.name, name, parent.id if parent else "", 0, 0, Tokens(), 0.0)
     with loom.engine.lock:
         loom.resumer.forget()  # everything is read, and so checked
@@ -113,6 +116,23 @@ def warm(
     loom.flush()
     left = missing(session, turn, exact=exact).cost
     return replace(added, branch=name, pending=left.to_run, seconds=time.perf_counter() - began)
+
+
+def unread(
+    conn: sa.Connection,
+    session: Session,
+    root: int,
+    turn: int | None,
+    template: ChatTemplate,
+    model: TransformersEngine | KnownModel,
+) -> tuple[TurnState | None, list[int], int | None]:
+    """Of a path whose last turns a model has not read: the last state it has there, the tokens that the whole path will
+    have, and where those of the reply it ends with will begin. Nothing is run."""
+    cold = _cold(conn, session, root, turn, False)
+    steps = _steps(cold, template, model)
+    last = steps[-1] if steps else None
+    is_reply = last is not None and isinstance(last.turn, Turn) and last.turn.role == "assistant"
+    return cold.tip, path_of(cold.ids, steps), last.start if last is not None and is_reply else None
 
 
 def _brought_back(
@@ -135,13 +155,7 @@ def _brought_back(
     return {"tokens": Tokens(live.length - account.replayed, account.replayed), "notices": tuple(account.notices)}
 
 
-def _root(conn: sa.Connection, turn: int | None) -> int | None:
-    """The root that a path's state belongs to; None where there is no state."""
-    states = turns.states_of(conn, [each.row for each in turns.path_to(conn, turn)])
-    return states[-1].root if states else None
-
-
-def _cold(conn: sa.Connection, root: int, turn: int | None, exact: bool) -> _Cold:
+def _cold(conn: sa.Connection, session: Session, root: int, turn: int | None, exact: bool) -> _Cold:
     path, states = path_to(conn, turn, root)
     count = next((n for n in range(len(path), 0, -1) if _is_whole(path[n - 1], states)), 0)
     tip = states[path[count - 1].row] if count else None
@@ -150,8 +164,9 @@ def _cold(conn: sa.Connection, root: int, turn: int | None, exact: bool) -> _Col
     own = states.get(pending[0].row) if pending else None
     if own is not None and own.state_end > own.state_start:  # it was stopped on its way
         tip = own
-    written = itertools.takewhile(lambda each: each.row in states, pending)
-    known = [Step(each, states[each.row].start, tuple(states[each.row].tokens)) for each in written]
+    own_steps = itertools.takewhile(lambda each: each.row in states, pending)
+    known = [Step(each, states[each.row].start, tuple(states[each.row].tokens)) for each in own_steps]
+    known += taken(conn, session.row.settings, root, pending[len(known) :], path_of(ids, known))
     again = tip is not None and not pending and not exact and turns.must_be_fresh(conn, tip, tip.state_end)
     if again and tip is not None:
         pending, known = path[-1:], [Step(path[-1], tip.start, tuple(tip.tokens))]
@@ -168,18 +183,19 @@ def _is_whole(turn: Turn, states: Mapping[int, TurnState]) -> bool:
 
 def _missing(conn: sa.Connection, root: int, cold: _Cold, verify: bool, exact: bool) -> Missing:
     first = stretches(cold.known)[:1]
+    if not first and not cold.ids:
+        return Missing(Cost(), len(cold.pending))
     ids = path_of(cold.ids, first[0]) if first else cold.ids
     seen = outlook.of_tokens(conn, root, ids, cold.tip, grid=KEYFRAME_SPACING, logits=False, verify=verify, exact=exact)
     return Missing(cost_of(cold.known, seen.held, seen.replayed), len(cold.pending) - len(cold.known))
 
 
-def _steps(session: Session, cold: _Cold) -> list[Step]:
+def _steps(cold: _Cold, template: ChatTemplate, model: TransformersEngine | KnownModel) -> list[Step]:
     """What is to be computed: the tokens that turns have, or, where there is only text, as the template writes it."""
     rest = cold.pending[len(cold.known) :]
     if not rest:
         return cold.known
-    history, reply_start = merged([*cold.before, *cold.pending[: len(cold.known)]], cold.states)
-    ids = path_of(cold.ids, cold.known)
-    given = [Given(each.message) for each in rest]
-    written = steps_of(given, session.template(), session.loom.engine, history, ids, reply_start)
-    return [*cold.known, *(replace(step, turn=turn) for step, turn in zip(written, rest, strict=True))]
+    ids, before = path_of(cold.ids, cold.known), [*cold.before, *cold.pending[: len(cold.known)]]
+    begun = {step.turn.row: step.start for step in cold.known if isinstance(step.turn, Turn)}
+    starts = {row: state.start for row, state in cold.states.items()} | begun
+    return [*cold.known, *written(before, rest, starts, ids, template, model)]

@@ -55,12 +55,15 @@ class Seekable(Protocol):
 @dataclass(frozen=True, slots=True)
 class Sessions:
     """How whoever keeps conversations takes in a session: ``adopted`` gives the settings it is stored with (told the
-    name under which this store knows the model, if it does), ``differs`` the setting that makes it another one than
-    that of its name (None: it is the same conversation).
+    names under which this store knows models), ``differs`` the setting that makes it another one than that of its name
+    (None: it is the same conversation), ``names`` the names of the models in some settings, by their digests, and
+    ``merged`` the settings of a session that is here with what only the bundle says.
     """
 
-    adopted: Callable[[Mapping[str, Any], str | None], Mapping[str, Any]]
+    adopted: Callable[[Mapping[str, Any], Mapping[str, str]], Mapping[str, Any]]
     differs: Callable[[Mapping[str, Any], Mapping[str, Any]], str | None]
+    names: Callable[[Mapping[str, Any]], Mapping[str, str]]
+    merged: Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]]
 
 
 @dataclass(slots=True)
@@ -195,24 +198,27 @@ class _Import:
 
     def _take_session(self, record: SessionRecord, settings: Mapping[str, Any]) -> None:
         name = self._name or record.name
-        known = self._known_model(settings)
+        adopted = self._sessions.adopted(settings, self._known_models())
         found = refs.find_session(self._conn, name)
         if found is None:
-            found = refs.create_session(self._conn, name, self._sessions.adopted(settings, known))
+            found = refs.create_session(self._conn, name, adopted)
             self._result.created = True
         else:
             difference = self._sessions.differs(found.settings, settings)
             if difference is not None:
                 raise AnotherSession(name, difference)
+            merged = self._sessions.merged(found.settings, adopted)
+            if merged != found.settings:
+                found = refs.change_settings(self._conn, found.row, merged)
         self._session = found
         self._result.session = name
 
-    def _known_model(self, settings: Mapping[str, Any]) -> str | None:
-        """The name of the model under which another session of this store has it."""
+    def _known_models(self) -> dict[str, str]:
+        """The names under which sessions of this store have models, by their digests."""
+        found: dict[str, str] = {}
         for each in refs.sessions(self._conn):
-            if each.settings.get("model_digest") == settings.get("model_digest") and each.settings.get("model"):
-                return str(each.settings["model"])
-        return None
+            found = {**self._sessions.names(each.settings), **found}
+        return found
 
     def _node(self, record: NodeRecord) -> None:
         root = self._roots[record.model]

@@ -165,8 +165,18 @@ def set_score(conn: sa.Connection, of: Candidate, score: float) -> Candidate:
 
 def remove_all(conn: sa.Connection, session: int) -> None:
     """Take the searches of a session away; their turns and branches stay."""
-    rows = list(conn.execute(sa.select(exploration.c.id).where(exploration.c.session == session)).scalars())
-    for row in rows:
+    _remove(conn, sa.select(exploration.c.id).where(exploration.c.session == session))
+
+
+def remove_of(conn: sa.Connection, turns: sa.Select[Any]) -> None:
+    """Take away the searches that began at some turns, or made one of them; the others they made stay."""
+    made = sa.select(candidate.c.exploration).where(candidate.c.turn.in_(turns))
+    began = exploration.c.turn.in_(turns)
+    _remove(conn, sa.select(exploration.c.id).where(began | exploration.c.id.in_(made)))
+
+
+def _remove(conn: sa.Connection, chosen: sa.Select[Any]) -> None:
+    for row in list(conn.execute(chosen).scalars()):
         # Children before parents: foreign keys are checked row by row.
         query = sa.select(candidate.c.id).where(candidate.c.exploration == row).order_by(candidate.c.id.desc())
         for each in conn.execute(query).scalars().all():

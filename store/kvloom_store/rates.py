@@ -120,11 +120,23 @@ def last_turns(conn: sa.Connection, root: int, cpu: str | None = None) -> list[T
     query = (
         sa.select(turn_state.c.turn)
         .join(turn, turn.c.id == turn_state.c.turn)
-        .where(turn_state.c.root == root, turn_state.c.provenance.in_(here))
+        .where(turn_state.c.root == root, turn_state.c.provenance.in_(here), _timed_here())
         .order_by(turn_state.c.id.desc())
         .limit(LAST)
     )
     return [turns.get(conn, row) for row in dict.fromkeys(conn.execute(query).scalars())]
+
+
+def of_model(conn: sa.Connection, root: int) -> set[int]:
+    """The rows of the turns that a model was timed by."""
+    return set(conn.execute(sa.select(turn_state.c.turn).where(turn_state.c.root == root, _timed_here())).scalars())
+
+
+def _timed_here() -> sa.ColumnElement[bool]:
+    """Of turn states: whether the turn's timings are this one's. They are its first's; another model read it later."""
+    first = turn_state.alias()
+    older = sa.select(first.c.id).where(first.c.turn == turn_state.c.turn, first.c.id < turn_state.c.id)
+    return ~older.where(first.c.root != turn_state.c.root).exists()
 
 
 def _single(said: Sequence[Turn]) -> float | None:

@@ -24,19 +24,22 @@ class Span:
     end: int
 
 
-def of_path(conn: sa.Connection, path: Sequence[Turn]) -> list[Span]:
+def of_path(conn: sa.Connection, path: Sequence[Turn], root: int | None = None) -> list[Span]:
     """The turns of a path that have tokens on it, from its first token to its last.
 
-    Turns without a state of their own are left out: a system turn's tokens come with the next one.
+    The tokens are those of the model of ``root``, if the last of these turns has any there; else those of the model
+    that said that turn (or was the first to read it). Turns without a state of their own are left out: a system turn's
+    tokens come with the next one.
     """
     states: dict[int, list[TurnState]] = {}
     for each in turns.states_of(conn, [turn.row for turn in path]):
         states.setdefault(each.turn, []).append(each)
     found: list[Span] = []
-    root: int | None = None
+    last = next((states[turn.row] for turn in reversed(path) if turn.row in states), [])
+    tries = [each.root for each in last]
+    chosen = root if root in tries else tries[0] if tries else None
     for turn in reversed(path):
-        root = states[turn.row][0].root if root is None and turn.row in states else root
-        state = turns.best_state(states.get(turn.row, ()), root) if root is not None else None
+        state = turns.best_state(states.get(turn.row, ()), chosen) if chosen is not None else None
         if state is None:
             continue
         end = found[-1].start if found else state.end

@@ -104,6 +104,8 @@ def make_engine(path: Path, *, read_only: bool, synchronous: str, busy_ms: int) 
     @event.listens_for(engine, "begin")
     def begin(connection: sa.Connection) -> None:
         options = connection.get_execution_options()
+        if options.get("kvloom_bare", False):
+            return  # what cannot be done in a transaction
         write = options.get("kvloom_write", False)
         with _patience(connection, None if options.get("kvloom_wait", True) else 0):
             connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
@@ -234,6 +236,18 @@ def move_log(engine: sa.Engine) -> None:
             _, pages, moved = conn.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)").one()
             if moved == pages:
                 return
+
+
+def rewrite(engine: sa.Engine, path: Path) -> None:
+    """Write all pages anew, without those that are free and what stands between rows, and empty the log.
+
+    Raises StoreLocked where somebody reads what was before: then it is still in the log.
+    """
+    with engine.connect().execution_options(kvloom_bare=True) as conn:
+        conn.exec_driver_sql("VACUUM")
+        busy = conn.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]
+    if busy:
+        raise StoreLocked(f"{path} is being read by another process", hint="try again when it has ended")
 
 
 @contextmanager

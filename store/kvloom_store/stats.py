@@ -10,9 +10,9 @@ import sqlalchemy as sa
 
 from kvloom_proto.errors import FormatError
 from kvloom_proto.records import STORED_BY_ROW, LayerKind, LayerSpec, expand, read_manifest
-from kvloom_store import sqlite
+from kvloom_store import roots, sqlite
 from kvloom_store.database import Database
-from kvloom_store.schema import branch, node, segment, session, turn, turn_state
+from kvloom_store.schema import branch, node, root, segment, session, turn, turn_state
 
 
 def stats(database: Database, session_row: int | None = None) -> dict[str, Any]:
@@ -30,8 +30,8 @@ def stats(database: Database, session_row: int | None = None) -> dict[str, Any]:
         segments = _segments(conn, None if session_row is None else states)
         layers = _layers(conn, segments)
         widths = {
-            root: sum(e.row_bytes / (e.block or 1) for e in some if e.kind in STORED_BY_ROW)
-            for root, some in layers.items()
+            row: sum(e.row_bytes / (e.block or 1) for e in some if e.kind in STORED_BY_ROW)
+            for row, some in layers.items()
         }
         covered = _covered(conn, segments, widths)
         frames = sum(row.raw_bytes - (row.end - row.start) * widths[row.root] for row in segments)
@@ -57,6 +57,33 @@ def stats(database: Database, session_row: int | None = None) -> dict[str, Any]:
         }
 
 
+def by_model(database: Database) -> list[dict[str, Any]]:
+    """Each model the store holds something of, the one seen first first: sessions and turns it has read, distinct
+    tokens, and bytes of its state. ``held`` of the turns have state; the others are read again when they are needed."""
+    c = turn_state.c
+    holds = c.segment.is_not(None) | (c.state_start == c.state_end)
+    with database.read() as conn:
+        found = []
+        for row in roots.models(conn):
+            tries = sa.select(root.c.id).where(root.c.model == row["id"])
+            read = sa.select(sa.func.count(sa.distinct(c.turn))).where(c.root.in_(tries))
+            sessions = sa.select(sa.func.count(sa.distinct(turn.c.session))).join(turn_state, c.turn == turn.c.id)
+            tokens = sa.select(sa.func.coalesce(sa.func.sum(node.c.length), 0)).where(node.c.root.in_(tries))
+            stored = sa.select(sa.func.coalesce(sa.func.sum(segment.c.stored_bytes), 0)).join(node)
+            counts = {
+                "sessions": sessions.where(c.root.in_(tries)),
+                "turns": read,
+                "held": read.where(holds),
+                "tokens": tokens,
+                "bytes": stored.where(node.c.root.in_(tries), segment.c.complete == 1),
+            }
+            made = {name: int(conn.execute(query).scalar_one()) for name, query in counts.items()}
+            if made["turns"] or made["bytes"]:
+                about = {"name": row["name"], "dtype": row["fields"].get("dtype"), "digest": row["digest"].hex()}
+                found.append({**about, **made, "fields": row["fields"]})
+        return found
+
+
 def _layers(conn: sa.Connection, segments: list[sa.Row[Any]]) -> dict[int, Sequence[LayerSpec]]:
     """What the layers of each root's model hold, from the first manifest of its segments that can be read."""
     found: dict[int, Sequence[LayerSpec]] = {}
@@ -65,7 +92,7 @@ def _layers(conn: sa.Connection, segments: list[sa.Row[Any]]) -> dict[int, Seque
             manifest = conn.execute(sa.select(segment.c.manifest).where(segment.c.id == row.id)).scalar_one()
             with contextlib.suppress(FormatError):  # a damaged one is told of when it is needed
                 found[row.root] = expand(read_manifest(manifest).layers)
-    return {root: found.get(root, []) for root in {row.root for row in segments}}
+    return {each: found.get(each, []) for each in {row.root for row in segments}}
 
 
 def _snapshot(layers: Sequence[LayerSpec], tokens: int) -> int:

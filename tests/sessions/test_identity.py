@@ -141,6 +141,89 @@ def test_running_a_model_with_dynamic_rope_does_not_make_it_another():
     assert identity_of(model).digest == before.digest
 
 
+def _moved(folder):
+    return folder.rename(folder.with_name("elsewhere"))
+
+
+def _config(**changes):
+    def change(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        return folder
+
+    return change
+
+
+def _generation(folder):
+    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.3, "max_length": 7, "eos_token_id": 3}))
+    return folder
+
+
+def _in_parts(folder):
+    tiny().save_pretrained(folder.with_name("parts"), max_shard_size="2KB")
+    assert len(list(folder.with_name("parts").glob("*.safetensors"))) > 1
+    return folder.with_name("parts")
+
+
+def _padded(folder):
+    path = folder / "tokenizer_config.json"
+    written = json.loads(path.read_text())
+    path.write_text(json.dumps(written | {"model_max_length": 99, "padding_side": "left", "truncation_side": "left"}))
+    return folder
+
+
+SAME_FUNCTION = {
+    "the folder was moved": _moved,
+    "the name it was published under": _config(_name_or_path="somebody/else"),
+    "the version of transformers that wrote it": _config(transformers_version="5.0.0"),
+    "the class that is named in its config": _config(architectures=["X"]),
+    "the dtype its config names": _config(dtype="bfloat16"),
+    "whether caches are used": _config(use_cache=False),
+    "what is returned besides logits": _config(output_attentions=False, output_hidden_states=True),
+    "ids of tokens that generation stops or pads at": _config(bos_token_id=1, eos_token_id=[2, 3], pad_token_id=0),
+    "how weights were drawn before training": _config(initializer_range=0.5),
+    "names of the classes of another head": _config(id2label={"0": "a", "1": "b"}),
+    "a float written as a whole number": _config(rope_parameters={"rope_type": "default", "rope_theta": 10000}),
+    "settings of generation": _generation,
+    "weights in several files": _in_parts,
+    "sides and lengths that the tokenizer pads to": _padded,
+}
+"""What changes nothing in how tokens become logits and state, by what is done to a folder."""
+
+
+@pytest.mark.parametrize("what", SAME_FUNCTION)
+def test_nothing_that_does_not_change_the_function_makes_another_model(tmp_path, what):
+    for name in ("model", "parts"):
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+    tiny().save_pretrained(tmp_path / "model")
+    folder = SAME_FUNCTION[what](tmp_path / "model")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    again = identity_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer)
+    live = identity_of(tiny(), tiny_tokenizer())
+
+    assert changed(again, live) == set()
+    assert (again.digest, again.tokenizer) == (live.digest, live.tokenizer)
+
+
+LIVE_SAME_FUNCTION = {
+    "the attention implementation": lambda model: model.set_attn_implementation("eager"),
+    "whether gradients are kept": lambda model: model.requires_grad_(True),
+    "settings of generation": lambda model: setattr(model.generation_config, "temperature", 0.3),
+    "that it has run": lambda model: model(torch.tensor([[1, 2, 3]])),
+    "the name it was loaded from": lambda model: setattr(model.config, "_name_or_path", "elsewhere"),
+    "where in memory its weights lie": lambda model: [setattr(p, "data", p.data.clone()) for p in model.parameters()],
+}
+"""The same of a model in memory."""
+
+
+@pytest.mark.parametrize("what", LIVE_SAME_FUNCTION)
+def test_nothing_that_does_not_change_the_function_makes_a_live_model_another(what):
+    model = tiny()
+    LIVE_SAME_FUNCTION[what](model)
+
+    assert identity_of(model).digest == identity_of(tiny()).digest
+
+
 # --- another model ----------------------------------------------------------------------------------
 
 

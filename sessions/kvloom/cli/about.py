@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from kvloom.cli.common import Options, json_option, parse, pass_options, reading, ref_argument, shared
+from kvloom.cli.common import Options, parse, reading, ref_argument, shared
 from kvloom.cli.terminal import columns, print_json, size, warn
 from kvloom.shown import clean
 
@@ -63,19 +63,26 @@ def print_stats(found: dict[str, Any]) -> None:
 
 
 @click.command()
-@json_option
-@pass_options
-def models(options: Options) -> None:
+@shared
+@click.option("--stored", is_flag=True, help="List the models that the store holds state of.")
+def models(options: Options, stored: bool) -> None:
     """List the models that are here, and how to get those that are not.
 
     A folder with config.json and safetensors, a .gguf file or a hub name (owner/name) can be given to
     --model as well.
 
+    With --stored, list what a store holds of each model: a session can be read by several ("kvloom say SESSION TEXT
+    --model OTHER"), each of which keeps state of its own. Another precision, another adapter and edited weights make
+    another model; --json has the fields that tell them apart.
+
     \b
     Example:
       kvloom models
+      kvloom models --stored
       kvloom config model smollm2
     """
+    if stored:
+        return _stored_models(options)
     from kvloom import config
     from kvloom.models import available
 
@@ -102,6 +109,33 @@ def models(options: Options) -> None:
     if default not in {choice.name for choice in choices}:
         click.echo(f"default: {clean(default)}")
     return None
+
+
+def _stored_models(options: Options) -> None:
+    """What the store holds of each model."""
+    from kvloom_store.stats import by_model
+
+    found: list[dict[str, Any]] = []
+    if options.path.exists():
+        with reading(options) as reader:
+            found = by_model(reader.database)
+    if options.json:
+        return print_json({"models": found})
+    if not found:
+        return click.echo("the store holds no model's state")
+    rows = [
+        [
+            clean(each["name"]),
+            str(each["dtype"]),
+            each["digest"][:8],
+            f"{each['sessions']:,}",
+            f"{each['turns']:,}",
+            f"{each['tokens']:,}",
+            size(each["bytes"]),
+        ]
+        for each in found
+    ]
+    return columns(rows, ["model", "dtype", "identity", "sessions", "turns", "tokens", "state"])
 
 
 @click.command()

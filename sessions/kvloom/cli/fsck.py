@@ -163,7 +163,10 @@ def _recompute(options: Options, planned: Plan, told: Callable[[str], None], sto
         from kvloom.engine import Cancelled
 
         try:
-            with with_model(options, each.session) as (session, bars):
+            with with_model(options, each.session, model=each.model or None, dtype=each.dtype or None) as (
+                session,
+                bars,
+            ):
                 check_model(session)
                 recompute(session.loom, each.segments, told=told, cancel=stopped.cancel, progress=bars.passes)
         except (EngineError, SessionError) as error:

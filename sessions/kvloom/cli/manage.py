@@ -81,27 +81,55 @@ def rename(options: Options, old: str, new: str) -> None:
 
 @click.command()
 @shared
-@ref_argument("session", metavar="SESSION")
+@ref_argument("ref", metavar="[SESSION[@BRANCH]]", required=False)
+@click.option("--erase", is_flag=True, help="For good: leave nothing of it in the file.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
-def rm(options: Options, session: str, yes: bool) -> None:
+def rm(options: Options, ref: str | None, erase: bool, yes: bool) -> None:
     """Delete SESSION: its turns, its branches, and the state no other session shares. It asks first.
+
+    With @BRANCH, delete that branch, the turns that no other branch and no tag leads to, and all below them.
+
+    With --erase nothing of the text, its tokens and its state stays in the file: edges that other paths share are cut
+    short, the state of those that was computed over what goes is dropped (and computed anew when it is needed), and the
+    file is written anew, which takes the room of a second one meanwhile. "kvloom rm --erase" alone does that last step,
+    for what was deleted without it, or where it was stopped.
 
     \b
     Example:
       kvloom rm trip
       kvloom rm trip --yes
+      kvloom rm trip@spain --erase
     """
+    if ref is None and not erase:
+        raise click.UsageError("name what to delete")
     with reading(options) as reader:
-        found = reader.find(session)
-        turns = len(found.tree())
+        if ref is None:
+            reader.scrub()
+            return print_json({"erased": True}) if options.json else click.echo("the file was written anew")
+        at, _ = parse(ref)
+        found = reader.find(at.session)
+        if at.back or at.token is not None:
+            raise click.UsageError(f"{ref} is not a branch; kvloom rm takes SESSION or SESSION@BRANCH")
+        turns = len(found.tree()) if at.point is None else found.only_on(at.point)
         if not yes:
             if not sys.stdin.isatty() or options.json:
                 raise click.UsageError(f"this deletes {turns} turns; say --yes if you mean it")
-            click.confirm(f"Delete {clean(session)} with its {turns} turns?", abort=True, err=True)
-        reader.remove(session)
+            click.confirm(f"Delete {clean(ref)} with its {turns} turns?", abort=True, err=True)
+        if at.point is None:
+            done = reader.remove(at.session, erase=erase)
+        else:
+            done = reader.remove_branch(at.session, at.point, erase=erase)
     if options.json:
-        return print_json({"session": session, "turns": turns})
-    return click.echo(f"{session} is deleted ({turns} turns)")
+        about = {"session": at.session, "branch": at.point, "turns": turns, "erased": erase}
+        return print_json({**about, "state_dropped": done.dropped, "set_aside": done.set_aside})
+    click.echo(f"{ref} is {'erased' if erase else 'deleted'} ({turns} turns)")
+    if done.dropped:
+        click.echo(
+            f"{done.dropped} turns of others shared a beginning with it: their state is computed anew when needed"
+        )
+    if done.set_aside:
+        click.echo(f"{done.set_aside} rows that a repair had set aside went with it")
+    return None
 
 
 @click.command()

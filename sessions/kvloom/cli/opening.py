@@ -14,6 +14,7 @@ import click
 from kvloom.cli.common import F, Options, parse, reading, remember, warn_of_network_drive
 from kvloom.cli.progress import Bars
 from kvloom.cli.terminal import dim, warn
+from kvloom.shown import clean
 
 if TYPE_CHECKING:
     from kvloom.branch import Branch
@@ -96,18 +97,23 @@ def talking(
     made: list[Branch | Session] = []
     try:
         _check_writable(loom)
-        if known is None or system or source is not None:
+        other = known is not None and model is not None
+        if known is None or system or (source is not None and not other):
             session = loom.session(ref.session, system=system, chat_template=source)
         else:
             session = loom.find(ref.session)
         if known is None:
             made.append(session)
+        use(session, model, dtype)
         branch, note = session.checkout(at) if at else session.branch(), ""
         if at and branch.name != at:
             made.append(branch)
             note = f"{text} is not a branch: this goes on as {session.name}@{branch.name}"
-        loom.prefetch(session.name, branch.name)
+        if binding_of(known, model, dtype):
+            loom.prefetch(session, branch.name)
         _load(loom, bars)
+        if other:
+            _add_model(session, source)
         talk = Talk(loom, session, branch, bars, note)
         if known is None:
             default = branch.session.template().is_default
@@ -126,9 +132,10 @@ def talking(
 
 @contextmanager
 def with_model(
-    options: Options, session: str, *, model: str | None = None, dtype: str | None = None
+    options: Options, session: str, *, model: str | None = None, dtype: str | None = None, add: bool = True
 ) -> Iterator[tuple[Session, Bars]]:
-    """A session that is there, opened with the model it was made with; on no branch."""
+    """A session that is there, opened with the model it was made with, or with the one that was asked for, which is
+    ``add``ed to those that read it; on no branch."""
     gc.enable()
     known = _settings_of(options, parse(session)[0], create=False)
     warn_of_network_drive(options.path)
@@ -137,11 +144,32 @@ def with_model(
     try:
         _check_writable(loom)
         found = loom.find(session)
+        use(found, model, dtype)
         _load(loom, bars)
+        if model is not None and add:
+            _add_model(found)
         yield found, bars
     finally:
         bars.stop()
         close(loom)
+
+
+def use(session: Session, model: str | None, dtype: str | None) -> None:
+    """Read a session as the model that was asked for does, if it has one of that name. Raises ModelMismatch."""
+    found = binding_of(session.row.settings, model, dtype)
+    if found:
+        session.use(found)
+
+
+def _add_model(session: Session, source: str | None = None) -> None:
+    """Let a session be gone on with under the model that was asked for, and say so if it is a new one."""
+    differing = session.add_model(source)
+    if differing:
+        name = session.loom.engine.name
+        dim(
+            f"{clean(session.name)} goes on under {clean(name)}, too ({', '.join(differing)}: not as of its own model):"
+            " the state of what it reads is computed once, and kept beside the other"
+        )
 
 
 def _check_writable(loom: KVLoom) -> None:
@@ -203,28 +231,46 @@ def open_loom(
     ``check``: refuse now if the model is not here, before a store is made; one should leave nothing behind then.
     """
     from kvloom import config
-    from kvloom.errors import ModelMismatch
     from kvloom.loom import DEFAULT_CODEC, KVLoom
     from kvloom.models import resolve
 
-    settings = known or {}
     chosen = config.load()
+    settings = binding_of(known, model, dtype)
     own = settings.get("dtype")
-    if own and dtype not in (None, "auto", own):
-        raise ModelMismatch("dtype", own, str(dtype))
     name = absolute(model or settings.get("model") or chosen.model)
     if check:
         resolve(name)
     return KVLoom(
         options.path,
         model=name,
-        dtype=own or dtype or chosen.dtype,
+        dtype=own or dtype or (known or {}).get("dtype") or chosen.dtype,
         device=options.device or chosen.device,
         codec=chosen.codec or DEFAULT_CODEC,
         keyframe_spacing=int(chosen.keyframe_spacing),
         must_exist=must_exist,
         progress=progress,
     )
+
+
+def binding_of(known: Mapping[str, Any] | None, model: str | None, dtype: str | None) -> Mapping[str, Any]:
+    """What a session with the settings ``known`` fixed of the model that was asked for, or of its own; {}: it has not
+    met that one.
+
+    Raises ModelMismatch: another dtype alone was asked for, which no model of the session has.
+    """
+    from kvloom import binding
+    from kvloom.errors import ModelMismatch
+
+    if known is None:
+        return {}
+    name = absolute(model) if model else str(known["model"])
+    found = binding.named(known, name, dtype)
+    if found is None and model is None and known["dtype"]:
+        hint = f"say --model {name}, too, to go on under it in another precision, and keep the state of both"
+        error = ModelMismatch("dtype", str(known["dtype"]), str(dtype))
+        error.hint = f"use the session's own, or {hint}"
+        raise error
+    return found or {}
 
 
 def absolute(name: str) -> str:

@@ -29,9 +29,9 @@ def show_scores(options: Options, ref: Ref, point: str | None) -> None:
         session = reader.find(ref.session)
         shown = session.log(point)
         scores = session.token_scores(shown[-1]) if shown else ()
-        tokenizer = session.tokenizer
         with reader.database.read() as conn:
             spans, ids, _ = path_of(conn, ref)
+            tokenizer = session.decoder(conn, spans[-1].state.root) if spans else None
         start = next((span.start for span in spans if shown and span.turn.id == shown[-1].id), 0)
         rows = _rows(tokenizer, ids[:start], scores)
     if tokenizer is None and rows:

@@ -40,8 +40,8 @@ def show_tokens(options: Options, ref: Ref, around: int) -> None:
         with reader.database.read() as conn:
             spans, ids, point = path_of(conn, ref)
             short = short_ids(conn, session.row.row)
+            tokenizer = session.decoder(conn, spans[-1].state.root) if spans else None
         first, last = max(0, point - around), min(len(ids), point + around)
-        tokenizer = session.tokenizer
         # One more in front, which the text of the first one may depend on.
         before = max(0, first - 1)
         texts = pieces(tokenizer, ids[before:last])[first - before :] if tokenizer is not None else None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kvloom.cli.common import Options, parse, reading, ref_argument, shared
-from kvloom.cli.opening import with_model
+from kvloom.cli.opening import model_options, use, with_model
 from kvloom.cli.talk import interruptible
 from kvloom.cli.terminal import print_facts, print_json, size
 from kvloom.shown import clean
@@ -24,11 +24,14 @@ DAMAGED = 10
 @shared
 @ref_argument()
 @click.option("--replay", is_flag=True, help="Run all its recorded passes again, and compare every row.")
-def verify(options: Options, ref: str, replay: bool) -> None:
+@model_options
+def verify(options: Options, ref: str, replay: bool, model: str | None, dtype: str | None) -> None:
     """Print a receipt for REF: of its path, all stored state is read back and held against the checksums it was
     written with. With --replay the model computes it again from the first token on, pass by pass as it was recorded,
     and every row is compared: it is identical, or the receipt says from which token on, in which layer and by how much
     it differs (on another processor or build of torch, roundings differ).
+
+    Of a session that several models read, it is the state of its own that is verified, or that of --model.
 
     The exit code is 0 only if all of it is there, sound and, with --replay, identical; else 10.
 
@@ -40,7 +43,10 @@ def verify(options: Options, ref: str, replay: bool) -> None:
     """
     name, at = parse(ref)
     if replay:
-        with with_model(options, name.session) as (session, bars), interruptible() as stopped:
+        with (
+            with_model(options, name.session, model=model, dtype=dtype, add=False) as (session, bars),
+            interruptible() as stopped,
+        ):
             from kvloom.engine import Cancelled
 
             try:
@@ -49,7 +55,9 @@ def verify(options: Options, ref: str, replay: bool) -> None:
                 raise click.exceptions.Exit(128 + (stopped.signal or 2)) from None
     else:
         with reading(options) as reader:
-            receipt = reader.find(name.session).verify(at)
+            found = reader.find(name.session)
+            use(found, model, dtype)
+            receipt = found.verify(at)
     if options.json:
         print_json(receipt.to_json())
     else:

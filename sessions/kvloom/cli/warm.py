@@ -10,7 +10,7 @@ import click
 
 from kvloom.cli.asking import exact_option, tell_dropped, told
 from kvloom.cli.common import Options, complete_ref, parse, reading, shared
-from kvloom.cli.opening import with_model
+from kvloom.cli.opening import binding_of, model_options, with_model
 from kvloom.cli.talk import Stopped, interruptible
 from kvloom.cli.terminal import dim, print_json, warn
 from kvloom.shown import clean, seconds
@@ -49,7 +49,16 @@ class _Place:
 @click.option("--all", "everything", is_flag=True, help="Every branch of every session.")
 @click.option("--dry-run", is_flag=True, help="Only tell what is missing; no model is loaded.")
 @exact_option
-def warm(options: Options, refs: tuple[str, ...], everything: bool, dry_run: bool, exact: bool) -> None:
+@model_options
+def warm(
+    options: Options,
+    refs: tuple[str, ...],
+    everything: bool,
+    dry_run: bool,
+    exact: bool,
+    model: str | None,
+    dtype: str | None,
+) -> None:
     """Compute what is missing of the state down to each REF, at low priority, so that the next turn need not wait.
 
     That is, tokens that are pending (an edit left unrun, a message that was interrupted), and state that was never
@@ -59,6 +68,8 @@ def warm(options: Options, refs: tuple[str, ...], everything: bool, dry_run: boo
     What was dropped is computed anew; with --exact it is run again just as it was first, replies token by token, and
     so is what recode stored with loss.
 
+    With --model it is the state of another model that is computed, and kept beside that of the session's own.
+
     \b
     Example:
       kvloom edit trip~3 --text "Name three rivers in Spain." --no-run
@@ -67,7 +78,7 @@ def warm(options: Options, refs: tuple[str, ...], everything: bool, dry_run: boo
     """
     if bool(refs) == everything:
         raise click.UsageError("name what to warm, or say --all" if not refs else "--all takes no REF")
-    places = _places(options, refs, exact)
+    places = _places(options, refs, exact, model, dtype)
     stopped = Stopped()
     failed = 0
     if not dry_run and any(place.missing for place in places):
@@ -75,7 +86,8 @@ def warm(options: Options, refs: tuple[str, ...], everything: bool, dry_run: boo
             os.nice(LOW_PRIORITY)  # before the model is loaded: its threads inherit it
         with interruptible() as stopped:
             todo = [place for place in places if place.missing]
-            failed = _compute(options, todo, stopped, exact=exact, carry_on=everything)
+            asked = (model, dtype)
+            failed = _compute(options, todo, asked, stopped, exact=exact, carry_on=everything)
     if options.json:
         print_json({"points": [place.to_json() for place in places], "stopped": bool(stopped.signal)})
     elif not any(place.missing for place in places):
@@ -89,8 +101,11 @@ def warm(options: Options, refs: tuple[str, ...], everything: bool, dry_run: boo
         raise click.exceptions.Exit(failed)
 
 
-def _places(options: Options, refs: tuple[str, ...], exact: bool) -> list[_Place]:
+def _places(options: Options, refs: tuple[str, ...], exact: bool, model: str | None, dtype: str | None) -> list[_Place]:
     """What was named (or all branches there are), and what is missing there; no model is needed to know."""
+    from kvloom.report import Cost
+    from kvloom.warm import Missing
+
     with reading(options) as reader:
         if refs:
             named = [(reader.find(parse(ref)[0].session), parse(ref)[1]) for ref in refs]
@@ -98,12 +113,26 @@ def _places(options: Options, refs: tuple[str, ...], exact: bool) -> list[_Place
             named = [(session, branch.name) for session in reader.sessions() for branch in session.branches()]
         found = []
         for session, at in named:
-            model = (str(session.settings["model"]), str(session.settings["model_digest"]))
-            found.append(_Place(session.name, at or "main", model, session.missing(at, verify=True, exact=exact)))
+            known = binding_of(session.row.settings, model, dtype)
+            if not known:  # it has not read anything yet
+                unread = sum(turn.role != "system" for turn in session.log(at))
+                found.append(_Place(session.name, at or "main", (str(model), ""), Missing(Cost(), unread)))
+                continue
+            session.use(known)
+            by = (str(known["model"]), str(known["model_digest"]))
+            found.append(_Place(session.name, at or "main", by, session.missing(at, verify=True, exact=exact)))
         return found
 
 
-def _compute(options: Options, places: list[_Place], stopped: Stopped, *, exact: bool, carry_on: bool) -> int:
+def _compute(
+    options: Options,
+    places: list[_Place],
+    asked: tuple[str | None, str | None],
+    stopped: Stopped,
+    *,
+    exact: bool,
+    carry_on: bool,
+) -> int:
     """Warm all places, each model loaded once; the exit code of what failed last where others are to ``carry_on``."""
     from kvloom.errors import KVLoomError
 
@@ -111,11 +140,13 @@ def _compute(options: Options, places: list[_Place], stopped: Stopped, *, exact:
     for model in dict.fromkeys(place.model for place in places):
         mine = [place for place in places if place.model == model]
         try:
-            with with_model(options, mine[0].session) as (session, bars):
+            with with_model(options, mine[0].session, model=asked[0], dtype=asked[1]) as (session, bars):
                 for place in mine:
                     if stopped.signal:
                         return failed
                     found = session.loom.find(place.session)
+                    if asked[0] is not None:
+                        found.add_model()
                     tell_dropped(found, place.at, exact=exact)
                     place.added = found.warm(place.at, exact=exact, cancel=stopped.cancel, progress=bars.passes)
                     bars.stop()

@@ -54,6 +54,7 @@ def why(options: Options, ref: str, text: str | None, messages: str | None, **va
             f"--{rendering[0].replace('_', '-')} goes with --messages; TEXT is said as the session does"
         )
     from kvloom import foresee
+    from kvloom.binding import named
     from kvloom.files import read_messages
     from kvloom.loom import KVLoom
     from kvloom.transcripts import of_openai
@@ -64,12 +65,14 @@ def why(options: Options, ref: str, text: str | None, messages: str | None, **va
     )
     source, extra = template_of(values["chat_template"]), _options(values["template_options"])
     at, point = parse(ref)
-    model = absolute(values["model"]) if values["model"] else None
     with KVLoom(options.path, must_exist=True) as reader:
-        own = reader.find(at.session).settings
-    dtype = values["dtype"] or own["dtype"]
-    with KVLoom(options.path, model=model or own["model"], dtype=dtype, must_exist=True) as loom:
+        session = reader.find(at.session)
+        known = named(session.row.settings, absolute(values["model"]), values["dtype"]) if values["model"] else None
+        own = known or session.settings
+    model = absolute(values["model"]) if values["model"] else own["model"]
+    with KVLoom(options.path, model=model, dtype=values["dtype"] or own["dtype"], must_exist=True) as loom:
         session = loom.find(at.session)
+        session.use(own)
         if text is not None:
             found = foresee.of_text(session, at, said)
         else:

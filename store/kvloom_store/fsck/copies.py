@@ -55,12 +55,13 @@ def _of_state(conn: sa.Connection, values: Mapping[str, Any]) -> Iterator[dict[s
 
 
 def _of_model(conn: sa.Connection, _values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """What defines a model, from the sessions that were begun with it."""
+    """What defines a model, from the sessions that it reads."""
     for row in conn.execute(sa.select(session)):
         try:
             settings = unpacked(checked(session, row)["settings"], "session", row.id)
-            fields = msgpack.packb(dict(settings["model_fields"]))
-            yield {"digest": bytes.fromhex(settings["model_digest"]), "name": settings["model"], "fields": fields}
+            for each in (settings, *settings.get("others", ())):
+                fields = msgpack.packb(dict(each["model_fields"]))
+                yield {"digest": bytes.fromhex(each["model_digest"]), "name": each["model"], "fields": fields}
         except (CorruptRow, KeyError, TypeError, ValueError):
             continue
 
