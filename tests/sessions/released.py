@@ -15,7 +15,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from kvloom_store import pins, planner, refs, restore, turns
+from kvloom_store import loading, pins, planner, refs, restore, turns
 from kvloom_store.database import Database
 from kvloom_store.rows import RowBuffer
 from kvloom_store.schema import SCHEMA_VERSION
@@ -54,7 +54,7 @@ def _bits(conn: sa.Connection, state: turns.TurnState) -> dict[str, Any]:
     links = restore.chain(conn, segment)
     plan = planner.plan(links, state.state_end, links[-1].manifest.layers)
     buffer = RowBuffer(links[-1].manifest.layers, state.state_end)
-    restore.load(conn, links, plan.rows, plan.windows, buffer)
+    loading.load(conn, links, plan.rows, plan.windows, buffer)
     digest = hashlib.sha256()
     for tensors in buffer.tensors:  # of windows, what is not seen any more is not read, and is all zeros
         for rows in tensors:
