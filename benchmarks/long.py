@@ -48,6 +48,9 @@ PAIR = (TensorSpec("keys", "float32", (2, 64), 1), TensorSpec("values", "float32
 LAYERS = (LayerSpec(0, 8, LayerKind.ROWS, PAIR),)
 """Its state, in float32."""
 
+MODEL = b"l" * 16
+"""The digest of the model whose state it is said to be."""
+
 ROW_BYTES = sum(spec.row_bytes * spec.count for spec in LAYERS)
 
 CASES = ("plain", "far", "log")
@@ -96,7 +99,7 @@ def write(store: Path, tokens: int, case: str, store_bytes: int) -> dict[str, in
     if case == "far" and empty:
         fill(database, store_bytes)
     with database.write() as conn:
-        root = roots.root_for(conn, roots.add_model(conn, b"l" * 16, "long", {}))
+        root = roots.root_for(conn, roots.add_model(conn, MODEL, "long", {}))
         provenance = segments.add_provenance(conn, Provenance(1, "", "", "", "", "", ""))
         session = refs.create_session(conn, f"long-{tokens}", {})
         turn = turns.add_turn(conn, session.row, None, {"role": "user", "content": "x"})
@@ -164,7 +167,7 @@ def restore(store: Path, tokens: int, case: str) -> dict[str, float]:
     opened, database = timed(lambda: Database(store))
     with watched() as memory:
         began, used = time.perf_counter(), time.process_time()
-        ahead = Prefetch(database, f"long-{tokens}", "main")
+        ahead = Prefetch(database, f"long-{tokens}", "main", MODEL)
         taken = ahead.take(LAYERS)
         seconds, processor = time.perf_counter() - began, time.process_time() - used
     assert taken is not None

@@ -36,7 +36,7 @@ def brought_back(store: Path) -> dict[str, int]:
     """What was resident meanwhile."""
     database = Database(store)
     with long.watched() as memory:
-        taken = Prefetch(database, f"long-{TOKENS}", "main").take(long.LAYERS)
+        taken = Prefetch(database, f"long-{TOKENS}", "main", long.MODEL).take(long.LAYERS)
     assert taken is not None
     expected = long.random_rows(long.LAYERS, TOKENS)
     for layer in range(8):
