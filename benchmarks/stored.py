@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kvloom import KVLoom
     from kvloom.live import LiveState
-    from kvloom.resume import Account
+    from kvloom.reading import Account
     from kvloom_store.turns import TurnState
 
 SESSION = "novel"

@@ -27,6 +27,7 @@ TENSORS = {
     "loop",
     "overwritten",
     "probe",
+    "reading",
     "resume",
     "rope",
     "row_layers",

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from kvloom.live import LiveState
     from kvloom.loom import KVLoom
-    from kvloom.resume import Account
+    from kvloom.reading import Account
     from kvloom_store.turns import Turn, TurnState
 
 SCORED_TOKENS = 64

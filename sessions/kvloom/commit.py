@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from kvloom.layers import dtype_name
 from kvloom.passes import schedule_of
-from kvloom.resume import hidden_bytes
+from kvloom.reading import hidden_bytes
 from kvloom.steps import NewTurn
 from kvloom_proto.scores import pack_scores
 from kvloom_store import refs, segments, trie, turns

@@ -12,47 +12,25 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
-
-import sqlalchemy as sa
-import torch
 
 from kvloom.engine import Progress, TransformersEngine
 from kvloom.errors import EngineError, ReuseRequired, StoreError
-from kvloom.live import TORCH_DTYPES, Link, LiveState
+from kvloom.live import Link, LiveState
 from kvloom.passes import KEYFRAME_SPACING
 from kvloom.prefetch import Prefetch
-from kvloom_proto.records import LayerKind, Schedule
-from kvloom_store import healing, held, loading, planner, restore, segments, trie, turns
+from kvloom.reading import Account, count, hidden_tensor, read_plan, rows_in_memory
+from kvloom_proto.records import Schedule
+from kvloom_store import healing, held, planner, restore, segments, trie, turns
 from kvloom_store.database import Database
 from kvloom_store.errors import StateDropped
 from kvloom_store.planner import StateDamaged, StateInexact
-from kvloom_store.rows import Captured, RowBuffer
+from kvloom_store.rows import Captured
 from kvloom_store.turns import TurnState
 from kvloom_store.writer import Handle, Job, Writer
 
 if TYPE_CHECKING:
     from kvloom.commit import Held
-
-
-@dataclass(slots=True)
-class Account:
-    """What bringing back cost: tokens loaded, tokens run again, seconds, what was read (``report.Restored``), and what
-    the user should be told. Of the loaded tokens, the rows of ``lossy`` are not exact. ``whole``: rows behind windows
-    are wanted, too; ``exact``: rows that are not exact count as missing."""
-
-    reused: int = 0
-    replayed: int = 0
-    seconds: float = 0.0
-    rows: int = 0
-    window_rows: int = 0
-    keyframe: int | None = None
-    bytes_read: int = 0
-    lossy: int = 0
-    whole: bool = False
-    exact: bool = False
-    notices: list[str] = field(default_factory=list)
 
 
 class Resumer:
@@ -96,7 +74,7 @@ class Resumer:
         began, account = time.perf_counter(), Account(whole=whole, exact=exact, notices=self.writer.notices())
         live = self._live(len(ids) + room)
         if self._ahead is not None and self._ahead.plan is not None:
-            _count(account, self._ahead.plan.rows, self._ahead.plan.windows, self._ahead.bytes_read)
+            count(account, self._ahead.plan.rows, self._ahead.plan.windows, self._ahead.bytes_read)
             self._ahead = None
         self._let_go_of_dropped(live, account)
         if exact and _is_lossy(live):
@@ -427,14 +405,14 @@ class Resumer:
             reads = planner.reads_of(links, upto)
             if exact or account.exact:
                 planner.check_exact(links, reads)
-            kept = _common(live, reads)
+            kept = rows_in_memory(live, reads)
             live.truncate(kept)
             # Only a copy of this very point: one further back may have been made by a pass cut there, and the recorded
             # passes do not go on from it.
             here = upto in live.frames or live.frame_at == upto
             plan = planner.plan(links, upto, live.layers, in_memory=here, grid=KEYFRAME_SPACING)
             live.reserve(upto)
-            self._read(live, conn, links, plan, kept, account)
+            read_plan(live, conn, links, plan, kept, account)
             # Only what this chain holds counts: another branch that left the path here keeps a keyframe of its own.
             last = next(
                 (link.manifest.keyframes for link in links if plan.rows and link.id == plan.rows[-1].segment), []
@@ -452,42 +430,6 @@ class Resumer:
             self.engine.bring_forward(live, ids, steps, cancel=cancel, progress=progress)
             account.replayed += plan.replayed
             live.keep_frame()
-
-    @staticmethod
-    def _read(
-        live: LiveState,
-        conn: sa.Connection,
-        links: list[planner.Link],
-        plan: planner.Plan,
-        kept: int,
-        account: Account,
-    ) -> None:
-        """Read the rows and the keyframe of a plan, of which ``kept`` rows are in place."""
-        rows = [planner.Read(r.segment, max(r.start, kept), r.end) for r in plan.rows if r.end > kept]
-        windows, base = (plan.rows, 0) if account.whole else (plan.windows, plan.base)
-        if live.window_base <= base <= kept:  # the rows of windows are there as far as all others are
-            windows = tuple(planner.Read(r.segment, max(r.start, kept), r.end) for r in windows if r.end > kept)
-            base = live.window_base
-        if isinstance(live.source, RowBuffer):
-            _count(account, rows, windows, loading.load(conn, links, rows, windows, live.source))
-        elif rows or windows:
-            staging = RowBuffer(live.layers, plan.position)
-            _count(account, rows, windows, loading.load(conn, links, rows, windows, staging))
-            for kinds, reads in (((LayerKind.ROWS, LayerKind.BLOCKS), rows), ((LayerKind.WINDOW,), windows)):
-                if reads:
-                    live.take(staging, kinds, reads[0].start, reads[-1].end)
-        live.show(plan.position)
-        live.window_base = base  # only now: if reading fails, or is stopped, what is in sight here is still missing
-        if plan.keyframe is None:
-            return
-        account.keyframe = at = plan.keyframe.position
-        if plan.keyframe.segment is not None:
-            frame, size = restore.load_keyframe(conn, links, plan.keyframe)
-            account.bytes_read += size
-            live.put_frame(frame, at)
-            live.frames[at] = frame
-        elif live.frame_at != at:
-            live.put_frame(live.frames.get(at), at)
 
     def _load_more(
         self,
@@ -544,34 +486,6 @@ def _is_lossy(live: Held) -> bool:
     return any(link.lossy for link in live.chain)
 
 
-def _count(account: Account, rows: Sequence[planner.Read], windows: Sequence[planner.Read], size: int) -> None:
-    account.rows += sum(read.end - read.start for read in rows)
-    account.window_rows += sum(read.end - read.start for read in windows)
-    account.bytes_read += size
-
-
 def _holds(live: LiveState, state: TurnState, upto: int) -> bool:
     here = bool(live.chain) and live.chain[-1].handle.state == state.row and live.length == upto
     return here and live.ready
-
-
-def _common(live: LiveState, reads: Sequence[planner.Read]) -> int:
-    """How many leading rows in memory belong to the same segments as those of a plan."""
-    kept = 0
-    for link, read in zip(live.chain, reads, strict=False):
-        if link.handle.segment != read.segment or link.start != read.start:
-            break
-        kept = min(link.end, read.end)
-        if link.end != read.end:
-            break
-    return kept
-
-
-def hidden_tensor(data: bytes, dtype: str, device: torch.device) -> torch.Tensor:
-    """A stored final hidden state as ``[1, 1, hidden_size]``."""
-    return torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[dtype])[None, None].to(device)
-
-
-def hidden_bytes(hidden: torch.Tensor) -> bytes:
-    """The inverse: the raw little-endian bytes of a final hidden state."""
-    return hidden.detach().reshape(-1).cpu().contiguous().view(torch.uint8).numpy().tobytes()

@@ -17,8 +17,8 @@ from kvloom.engine import Cancelled, Progress
 from kvloom.errors import SessionError
 from kvloom.journal import Journal
 from kvloom.passes import schedule_of
+from kvloom.reading import Account
 from kvloom.report import Added, Reply, Restored, Seconds, Tokens
-from kvloom.resume import Account
 from kvloom.sampling import SamplingSettings, fresh_seed
 from kvloom.scores import TokenScore
 from kvloom.steps import NewTurn

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from kvloom.commit import Addition, Commits, Held, NewBranch, commit_all
 from kvloom.growing import Growing, Told, grow, grow_alone
 from kvloom.passes import joined
+from kvloom.reading import Account
 from kvloom.report import Reply, Seconds, Tokens
-from kvloom.resume import Account
 from kvloom.run import Run
 from kvloom.sampling import MAX_SEED
 from kvloom.siblings import Siblings

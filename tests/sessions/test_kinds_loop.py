@@ -20,7 +20,7 @@ from kvloom.errors import UnsupportedInput
 from kvloom.layers import states_of
 from kvloom.live import to_bits
 from kvloom.overwritten import StateList
-from kvloom.resume import Account
+from kvloom.reading import Account
 from kvloom_proto.records import LayerKind
 
 MIDDLE = "And who said it would be so, had you been there with them to see it?"
