@@ -302,7 +302,7 @@ def test_hits_in_one_session_cost_no_more_statements_the_more_they_are(stores):
 
 
 def test_checks_that_a_search_and_a_long_restore_leave_out_are_made_again_afterwards(stores, monkeypatch):
-    monkeypatch.setattr(loading, "MAPPED_BYTES", 0)
+    monkeypatch.setattr(loading, "LONG_BYTES", 0)
 
     def pragma(conn: sa.Connection, name: str) -> int:
         return int(conn.exec_driver_sql(f"PRAGMA {name}").scalar_one())
