@@ -48,8 +48,8 @@ def fsck(options: Options, repair: bool, yes: bool, quick: bool, quarantined: bo
     With --repair, a row in which one bit has changed is mended, for its checksum says which; damaged state is computed
     again by the model of its session, as it was recorded, and must come out with the same checksums (on another
     processor or build fresh state takes its place, which is said); what follows from the rest is made anew. Text that
-    cannot be mended is set aside with what stands on it: it is kept, and never served; --quarantined lists it. Ctrl-C is
-    safe: what was done stays done.
+    cannot be mended is set aside with what stands on it: it is kept, and never served; --quarantined lists it. Ctrl-C
+    is safe: what was done stays done.
 
     \b
     Example:
