@@ -165,7 +165,7 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Where each forward pass began and ended; ``unknown`` when somebody else's loop ran them."""
+    """Where each forward pass began and ended; ``unknown`` when somebody else's loop ran them, or one was cut."""
 
     passes: tuple[Pass, ...] = ()
     unknown: bool = False

@@ -157,7 +157,9 @@ class Resumer:
             ids = trie.tokens_before(conn, link.node, link.end)
             recorded = segments.provenance_of(conn, link.provenance)
         if link.schedule.unknown:
-            raise EngineError("this state was captured from another loop; its passes are not known")
+            raise EngineError(
+                "the passes of this state are not known: another loop ran them, or a bundle cut one of them"
+            )
         if link.base_segment is None:
             live.truncate(0)
         else:

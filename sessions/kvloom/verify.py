@@ -204,7 +204,7 @@ def _replayed(
     loom = session.loom
     if any(link.schedule.unknown for link in links):
         raise EngineError(
-            "some of this state was captured from another loop, whose passes are not known",
+            "the passes of some of this state are not known: another loop ran them, or a bundle cut one of them",
             hint="kvloom verify without --replay checks that it is what was stored",
         )
     if any(link.manifest.layers != loom.engine.layers for link in links):

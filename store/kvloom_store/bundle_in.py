@@ -33,11 +33,11 @@ from kvloom_proto.bundle import (
 from kvloom_proto.errors import FormatError
 from kvloom_proto.frames import Reader
 from kvloom_proto.records import ChunkSpec, Schedule
-from kvloom_store import refs, roots, segments, trie, turns
+from kvloom_store import quota, refs, roots, segments, trie, turns
 from kvloom_store.bundle_check import CheckedSegment, CheckedTurn, Contents, Rules
 from kvloom_store.checksum import checked, update
 from kvloom_store.database import Database
-from kvloom_store.errors import AnotherSession
+from kvloom_store.errors import AnotherSession, NoRoom
 from kvloom_store.names import MAIN
 from kvloom_store.schema import turn_state
 from kvloom_store.trie import TOKEN_BYTES, Position, unpack_tokens
@@ -105,6 +105,7 @@ def import_bundle(
     Raises:
         FormatError and its kinds: the file is not what FORMAT.md says; with offset and field.
         AnotherSession: there is a session of that name, and it is another conversation.
+        NoRoom: its state would take more than the store's quota, and not enough may be dropped; nothing has changed.
         StoreError: it could not be written.
     """
     size = 0
@@ -113,16 +114,29 @@ def import_bundle(
         size = reader.position
         if progress is not None:
             progress(size)
-    file.seek(0)
-    reader = Reader(file)
-    with database.write(background=True) as conn:
-        contents = Contents(rules)
-        taking = _Import(conn, contents, sessions, name, text_only)
-        for record, parsed in contents.read(reader):
-            taking.take(record, parsed)
-            if progress is not None:
-                progress(size + reader.position)
-        return taking.finish()
+
+    def take_in() -> Imported:
+        file.seek(0)
+        reader = Reader(file)
+        with database.write(background=True) as conn:
+            contents = Contents(rules)
+            taking = _Import(conn, contents, sessions, name, text_only)
+            for record, parsed in contents.read(reader):
+                taking.take(record, parsed)
+                if progress is not None:
+                    progress(size + reader.position)
+            done = taking.finish()
+            added.append(done.bytes)
+            if done.bytes:
+                quota.check(conn, database.path)
+            return done
+
+    added: list[int] = []
+    try:
+        return take_in()
+    except NoRoom:  # only now it is known how much of it is new
+        quota.Room(database).make(added[0], None)
+        return take_in()
 
 
 class _Import:

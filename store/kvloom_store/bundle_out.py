@@ -281,8 +281,13 @@ def _first_rows(raw: codec.Buffer, layers: Sequence[LayerSpec], spec: ChunkSpec,
 
 
 def _cut_schedule(schedule: Schedule, end: int) -> Schedule:
-    """The passes before ``end``; the one that ``end`` is inside of ends there, as in a restore at that point."""
+    """The passes before ``end``; the one that ``end`` is inside of ends there, as in a restore at that point.
+
+    Such a pass was never run, and run alone it can give other bits; what it went on with belongs to another path, and
+    is not told. So the passes then count as unknown: the state is restored bit for bit, but cannot be computed again.
+    """
     passes: list[Pass] = []
+    unknown = schedule.unknown
     for each in schedule.passes:
         whole = max(0, min(each.end, end) - each.start) // each.tokens
         if whole:
@@ -290,4 +295,5 @@ def _cut_schedule(schedule: Schedule, end: int) -> Schedule:
         rest = each.start + whole * each.tokens
         if rest < end < each.end:
             passes.append(Pass(rest, end - rest))
-    return Schedule(tuple(passes), schedule.unknown)
+            unknown = True
+    return Schedule(tuple(passes), unknown)

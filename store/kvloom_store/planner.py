@@ -184,7 +184,7 @@ def _steps(links: Sequence[Link], reads: Sequence[Read], first: int, grid: int) 
             continue
         link = by_id[read.segment]
         passes = list(link.schedule.each())
-        if link.schedule.unknown or not passes or passes[0][0] > start or passes[-1][1] < read.end:
+        if not passes or passes[0][0] > start or passes[-1][1] < read.end:
             cuts = [start, *range(start - start % grid + grid, read.end, grid), read.end]
             passes = list(itertools.pairwise(cuts))
         for begin, end in passes:

@@ -28,7 +28,7 @@ from kvloom_proto.records import (
     pack,
     read_manifest,
 )
-from kvloom_store import quantized, segments
+from kvloom_store import quantized, quota, segments
 from kvloom_store.checksum import checked, digest, update
 from kvloom_store.codec import Buffer
 from kvloom_store.database import Database
@@ -111,6 +111,7 @@ def recode(
 
     Raises:
         UnknownCodec, StoreUnavailable, StoreLocked
+        NoRoom: it would take more than the store's quota; what was done stays.
     """
     before = after = chunks = damaged = done = 0
     stopped = False
@@ -193,6 +194,8 @@ def _swap(database: Database, row: int, swaps: Sequence[_Swap]) -> int:
         after = replace(manifest, chunks=tuple(chunks.values()))
         lossy = values["lossy"] | segments.CODED * any(spec.codec in LOSSY for spec in after.chunks)
         update(conn, segment, values, manifest=pack(after), stored_bytes=after.stored_bytes, lossy=lossy)
+        if after.stored_bytes > manifest.stored_bytes:
+            quota.check(conn, database.path)
         return after.stored_bytes - manifest.stored_bytes
 
 

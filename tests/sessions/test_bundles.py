@@ -13,7 +13,7 @@ from kinds import GRID, digests, ids_of, live_digests, opened
 
 import kvloom.passes
 from kvloom import KVLoom, Session
-from kvloom.errors import AnotherSession, NothingToDo, RefNotFound, StoreError
+from kvloom.errors import AnotherSession, EngineError, NothingToDo, RefNotFound, StoreError
 from kvloom_proto.bundle import ChunkRecord, Encoding, NodeRecord, Record, SegmentRecord, StateRecord, TurnRecord
 from kvloom_proto.frames import Reader, Writer
 from kvloom_store import schema
@@ -187,6 +187,22 @@ def test_one_branch_goes_alone_and_nothing_of_the_others_with_it(kind: str, tmp_
             a, b = here.find(source).branch().say(SHORT, max_tokens=4), copy.say(SHORT, max_tokens=4)
             assert (a.text, b.tokens.replayed) == (b.text, a.tokens.replayed)
             assert live_digests(there) == live_digests(here)
+
+
+def test_state_that_a_bundle_cuts_inside_a_pass_is_the_same_and_says_that_its_passes_are_not_known(
+    tmp_path: Path,
+) -> None:
+    with opened(tmp_path / "a.db", "llama") as here, opened(tmp_path / "b.db", "llama") as there:
+        session = tree(here)
+        inside = session.fork("inside", "main:10")
+        inside.say(SHORT, max_tokens=3)
+        there.import_bundle(bundle(session, "inside"))
+        copy = there.find("talk")
+        assert digests(there, copy.branch("inside")) == digests(here, inside)
+        assert session.verify("inside", replay=True).difference is None
+        with pytest.raises(EngineError, match="not known"):
+            copy.verify("inside", replay=True)
+        assert copy.branch("inside").say("and then?", max_tokens=3).tokens.replayed == 0
 
 
 def test_a_tag_or_a_turn_is_a_path_whose_end_is_named(tmp_path: Path) -> None:

@@ -124,3 +124,25 @@ def test_checking_loads_no_model(trip: Command, store: Path, command: list[str])
         [sys.executable, "-c", code, *command], env={**os.environ, "KVLOOM_STORE": str(store)}, check=False
     )
     assert done.returncode == 0
+
+
+def test_what_was_set_aside_is_listed_with_its_text_and_can_be_deleted(trip: Command, store: Path) -> None:
+    assert trip("fsck", "--quarantined").out == "nothing was set aside\n"
+    change(store, "UPDATE turn SET created = created + 5 WHERE role = 'user'")
+    trip("fsck", "--repair", "--yes")
+    shown = trip("fsck", "--quarantined")
+    assert shown.code == 0
+    assert "hello there" in shown.out
+    told = trip("fsck", "--quarantined", "--json").json
+    said = [each for each in told["set_aside"] if each["text"] == "hello there"]
+    assert [each["table"] for each in said] == ["turn"]
+    assert all(each["why"] and each["when"] for each in told["set_aside"])
+    assert trip("fsck", "--quarantined", "--forget").code == 40
+    assert trip("fsck", "--quarantined", "--forget", "--yes", "--json").json["deleted"] == len(told["set_aside"])
+    assert trip("fsck", "--quarantined", "--json").json["set_aside"] == []
+    assert "set-aside" not in {each["kind"] for each in trip("fsck", "--json").json["findings"]}
+
+
+@pytest.mark.parametrize("wrong", [("--forget",), ("--quarantined", "--repair"), ("--quarantined", "--quick")])
+def test_options_that_do_not_go_together_are_refused(trip: Command, wrong: tuple[str, ...]) -> None:
+    assert trip("fsck", *wrong).code == 2

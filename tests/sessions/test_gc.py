@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import shutil
 import threading
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from exact.worker import frame_of, rows_of
 from tiny import tiny_model, tiny_tokenizer
 
 import kvloom
-from kvloom.errors import EngineError, NothingToDo, ReuseRequired
+from kvloom.errors import EngineError, NoRoom, NothingToDo, ReuseRequired
 from kvloom_store import gc, quota, refs, trie, turns
 from kvloom_store.checksum import update
 from kvloom_store.names import parse_ref
@@ -457,6 +458,46 @@ def test_what_another_process_has_dropped_already_is_not_dropped_twice(store_pat
         report = loom.gc(0, agree=meanwhile)
         assert (report.freed, report.segments) == (0, 0)
         assert report.skipped > 0
+
+
+def imported(loom: kvloom.KVLoom, file: io.BytesIO, **options: Any) -> Any:
+    file.seek(0)
+    return loom.import_bundle(file, "theirs", **options)
+
+
+def test_an_import_makes_room_within_the_quota_or_is_refused_whole(store_path: Path, tmp_path: Path):
+    with opened(tmp_path / "other.db") as other:
+        file = io.BytesIO()
+        talk(other).export(file)
+        size = stored(other)
+    with opened(store_path) as loom:
+        mine = loom.session("mine", system="Another one, who knew nobody.").branch()
+        mine.say("what was it that they said there, and to whom?", max_tokens=30)
+        loom.flush()
+        before = stored(loom)
+        loom.set_quota(Limits(max_state=size // 2))
+        with pytest.raises(NoRoom):
+            imported(loom, file)
+        assert [each.name for each in loom.sessions()] == ["mine"]
+        loom.set_quota(Limits(max_state=max(size, before) + size // 2))
+        done = imported(loom, file)
+        assert done.new_turns > 0
+        assert stored(loom) <= max(size, before) + size // 2
+        assert imported(loom, file, text_only=True).bytes == 0
+
+
+def test_recoding_that_would_take_more_than_the_quota_is_refused_and_what_is_there_stays(store_path: Path):
+    with kvloom.open(store_path, model=engine(), codec="zstd") as loom:
+        session = talk(loom)
+        before = stored(loom)
+        loom.set_quota(Limits(max_state=before))
+        with pytest.raises(NoRoom):
+            session.recode(codec="raw")
+        assert stored(loom) <= before
+        assert not session.missing(verify=True)
+        loom.set_quota(Limits())
+        assert session.recode(codec="raw").done.after > 0
+        assert stored(loom) > before
 
 
 def test_a_store_over_its_quota_drops_what_is_worth_least_when_state_is_written(store_path: Path):

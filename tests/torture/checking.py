@@ -151,7 +151,8 @@ def _restored(
 
 
 def _alone(chain: Sequence[tuple[Mapping[str, Any], int]]) -> bool:
-    return not any(each.is_sibling for row, _ in chain for each in read_schedule(row["schedule"]).passes)
+    schedules = [read_schedule(row["schedule"]) for row, _ in chain]
+    return not any(each.unknown or any(one.is_sibling for one in each.passes) for each in schedules)
 
 
 def jobs(path: Path, folder: Path, model: Mapping[str, Any], most: int) -> dict[str, Any]:
@@ -160,7 +161,8 @@ def jobs(path: Path, folder: Path, model: Mapping[str, Any], most: int) -> dict[
 
     database = Database(path, must_exist=True)
     with database.read() as conn:
-        # The referee knows passes of one path alone, not of siblings that were decoded together.
+        # The referee knows passes of one path alone, not of siblings that were decoded together; and whole ones, not
+        # those that a bundle cut where another path went on.
         found = [state for state in harness.leaves(database) if _alone(harness.chain_of(conn, state))]
     made = []
     for state in found[:: max(1, -(-len(found) // most))]:

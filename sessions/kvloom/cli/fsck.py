@@ -11,6 +11,7 @@ import click
 from kvloom.cli.common import Options, reading, shared
 from kvloom.cli.opening import with_model
 from kvloom.cli.progress import Bars
+from kvloom.cli.quarantined import show
 from kvloom.cli.talk import interruptible
 from kvloom.cli.terminal import dim, print_json, size, stdin_is_terminal, warn
 from kvloom.shown import clean
@@ -33,9 +34,11 @@ _COLOURS = {"note": "blue", "heals": "yellow", "lost": "red"}
 @click.command()
 @shared
 @click.option("--repair", is_flag=True, help="Repair what can be: the plan is shown first, and asked about.")
-@click.option("-y", "--yes", is_flag=True, help="Repair without asking.")
+@click.option("-y", "--yes", is_flag=True, help="Repair, or delete, without asking.")
 @click.option("--quick", is_flag=True, help="Do not read stored state, only what is said of it.")
-def fsck(options: Options, repair: bool, yes: bool, quick: bool) -> None:
+@click.option("--quarantined", is_flag=True, help="List what repairs have set aside, when and why; check nothing.")
+@click.option("--forget", is_flag=True, help="With --quarantined: delete all of it.")
+def fsck(options: Options, repair: bool, yes: bool, quick: bool, quarantined: bool, forget: bool) -> None:
     """Check the whole store: SQLite's own check, the checksum of every row and of all stored state, and that they fit
     together. It changes nothing, and does not stop at the first thing that is wrong.
 
@@ -45,15 +48,23 @@ def fsck(options: Options, repair: bool, yes: bool, quick: bool) -> None:
     With --repair, a row in which one bit has changed is mended, for its checksum says which; damaged state is computed
     again by the model of its session, as it was recorded, and must come out with the same checksums (on another
     processor or build fresh state takes its place, which is said); what follows from the rest is made anew. Text that
-    cannot be mended is set aside with what stands on it: it is kept, and never served. Ctrl-C is safe: what was done
-    stays done.
+    cannot be mended is set aside with what stands on it: it is kept, and never served; --quarantined lists it. Ctrl-C
+    is safe: what was done stays done.
 
     \b
     Example:
       kvloom fsck
       kvloom fsck --quick --json
       kvloom fsck --repair
+      kvloom fsck --quarantined --json
     """
+    if forget and not quarantined:
+        raise click.UsageError("--forget goes with --quarantined")
+    if quarantined:
+        if repair or quick:
+            raise click.UsageError("--quarantined checks nothing, and repairs nothing")
+        show(options, forget=forget, yes=yes)
+        return
     if quick and repair:
         raise click.UsageError("--repair must read the stored state; leave --quick out")
     report = _check(options, quick=quick)
