@@ -71,12 +71,12 @@ def test_of_an_erased_session_nothing_is_left_and_the_others_go_on(
         assert Path(f"{store_path}-wal").stat().st_size == 0
         assert {finding.severity for finding in loom.fsck().findings} == {Severity.NOTE}  # what is computed anew
         assert {name: [turn.text for turn in loom.find(name).log()] for name in before} == before
-        assert loom.search("zephyr").found == ()
+        assert loom.search("zephyr").hits == ()
     with opened(store_path, engine) as loom:
         reply = loom.find("open").branch().say("more?", **HOW)
         assert reply.tokens.computed > 40  # anew, all of it
         assert loom.find("open").branch().say("more?", require_reuse=True, **HOW).tokens.reused > 40
-        assert loom.fsck().findings == ()
+        assert {finding.severity for finding in loom.fsck().findings} <= {Severity.NOTE}
 
 
 def test_a_branch_is_erased_and_what_other_branches_say_is_kept(store_path: Path, engine: TransformersEngine) -> None:

@@ -64,7 +64,7 @@ SECTIONS: dict[str, tuple[Entry, ...]] = {
         Entry("cost", "cost", "cost", "Count tokens reused and computed, and what that saved."),
     ),
     "Set up": (
-        Entry("models", "about", "models", "List the models that can be used."),
+        Entry("models", "about", "models", "List the models that can be used, or that a store has state of."),
         Entry("config", "manage", "config", "Show or set the default model, dtype, device and codec."),
         Entry("doctor", "about", "doctor", "Check the installation, the disk and the model."),
         Entry("completion", "about", "completion", "Print the script that completes commands and names in your shell."),
