@@ -19,6 +19,7 @@ import numpy as np
 import sqlalchemy as sa
 
 from kvloom_proto.errors import FormatError
+from kvloom_proto.limits import CHUNK_BYTES
 from kvloom_proto.records import STORED_BY_ROW, ChunkSpec, LayerKind, LayerSpec, Manifest, TensorSpec, covered, expand
 from kvloom_store import codec, sqlite
 from kvloom_store.planner import Link, Read, StateDamaged
@@ -43,7 +44,7 @@ LONG_BYTES = 192 << 20
 the program's memory, which would be twice that of long state. It takes a fifth of the time: of less they are kept."""
 
 PARTS = 32
-"""Of long state so many parts are mapped one after another: 3 % more memory."""
+"""Of long state so many parts are mapped one after another, and no more is read at once: 3 % more memory each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +125,12 @@ def _load_small(
 def _load_large(conn: sa.Connection, large: deque[tuple[int, _Wanted]], sink: RowSink) -> None:
     """Read chunks by themselves, several at once if they are many. Raises FormatError."""
     size = sum(each.spec.stored_length for _, each in large)
-    helpers = min(READERS, len(large)) - 1 if size >= SHARED_BYTES else 0
-    mapped = size // PARTS // (helpers + 1) if size > LONG_BYTES else size
+    readers = min(READERS, len(large)) if size >= SHARED_BYTES else 1
+    mapped = size
+    if size > LONG_BYTES:
+        readers = min(readers, size // (PARTS * CHUNK_BYTES) + 1)
+        mapped = size // PARTS // readers
+    helpers = readers - 1
     failed: deque[tuple[int, _Wanted]] = deque()
     with ThreadPoolExecutor(max(helpers, 1), "kvloom-read") as pool:  # it starts no thread before there is work for one
         try:
@@ -169,8 +174,7 @@ def _take_all(
         except IndexError:  # another thread was first
             return
         try:
-            stored = sqlite.read_blob(conn, chunk.name, "blob", row, each.spec.stored_length)
-            each.put(raw_of(stored, expand(each.manifest.layers), each.read.segment, each.spec), sink)
+            _take(conn, row, each, sink)
         except (FormatError, sa.exc.SQLAlchemyError) as error:
             if failed is None:
                 raise
@@ -181,6 +185,12 @@ def _take_all(
         if read > mapped:
             sqlite.unmap(conn)
             read = 0
+
+
+def _take(conn: sa.Connection, row: int, each: _Wanted, sink: RowSink) -> None:
+    """One chunk. A function of its own: what it holds is let go of before the next one is read."""
+    stored = sqlite.read_blob(conn, chunk.name, "blob", row, each.spec.stored_length)
+    each.put(raw_of(stored, expand(each.manifest.layers), each.read.segment, each.spec), sink)
 
 
 def _rows(
