@@ -22,7 +22,7 @@ demo: $(INSTALLED) ## a conversation that is killed, resumed and branched, with 
 	$(PY) examples/demo.py $(ARGS)
 
 test: $(INSTALLED) ## all tests, those with the real model included
-	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 exact: $(INSTALLED) ## 200 trials of every kind of model: is every bit that is restored the one that was captured
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(PY) -m exact.run $(ARGS)
