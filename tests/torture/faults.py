@@ -30,6 +30,9 @@ SCRIPT = [
     workload.continue_reply,
     workload.reopen,
     workload.fork,
+    workload.recode,
+    workload.move,
+    workload.gc,
 ]
 """Each operation at least once; ``begin`` has been before, so that there are sessions."""
 

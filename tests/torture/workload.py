@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from kvloom.engine import TransformersEngine
 from kvloom.errors import CorruptRow, NothingToDo
 from kvloom.loom import KVLoom
 from kvloom.session import Session
+from kvloom_proto.codecs import LOSSLESS
 from kvloom_store import refs, trie, turns
 from kvloom_store.names import parse_ref
 from kvloom_store.turns import TurnState
@@ -179,6 +181,14 @@ def gc(world: World) -> str:
     return world.session().name
 
 
+def recode(world: World) -> str:
+    """A branch's state put down with another codec, one that loses nothing."""
+    branch = world.branch()
+    with suppress(NothingToDo):  # none is stored
+        branch.session.recode(branch.name, codec=world.rng.choice(LOSSLESS))
+    return branch.session.name
+
+
 def move(world: World) -> str:
     """A session written as a bundle, and read as another one."""
     session, file, name = world.session(), io.BytesIO(), f"s{world.rng.getrandbits(40):x}"
@@ -214,6 +224,7 @@ OPERATIONS: list[tuple[Operation, int]] = [
     (remove, 1),
     (rename, 1),
     (gc, 1),
+    (recode, 1),
     (move, 1),
     (reopen, 1),
 ]
