@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 from transformers import DynamicCache
 
 from kvloom import KVLoom, Reply, TransformersEngine
-from kvloom.errors import ModelMismatch, ReuseRequired
+from kvloom.errors import ModelMismatch, ReuseRequired, SessionError
 from kvloom.path import said
 from kvloom_store import trie, turns
 
@@ -182,3 +182,31 @@ def test_reuse_that_is_required_is_not_met_by_reading_it_all(store_path: Path) -
         say(store_path, "b", SECOND, require_reuse=True)
     with KVLoom(store_path) as loom:
         assert len(loom.find("talk").log()) == 3
+
+
+def test_a_search_is_begun_by_any_model_and_gone_on_with_by_its_own(store_path: Path) -> None:
+    say(store_path, "a", FIRST)
+    how = {"prompt": SECOND, "name": "x", "step_tokens": 4, "width": 2, "depth": 1}
+    with KVLoom(store_path, model=engine("c")) as loom:
+        session = loom.find("talk")
+        session.add_model()
+        assert session.explore(**how).result.best is not None
+        assert session.explore("main~1", **{**how, "prompt": None, "name": "y"}).result.best is not None
+        assert loom.fsck().findings == ()
+    with KVLoom(store_path, model=engine("a")) as loom, pytest.raises(SessionError, match="another model"):
+        loom.find("talk").explore(name="x", resume=True)
+
+
+def test_a_turn_is_edited_under_a_model_that_has_not_read_what_is_before_it(store_path: Path) -> None:
+    for text in (FIRST, SECOND):
+        say(store_path, "a", text)
+    with KVLoom(store_path, model=engine("c")) as loom:
+        session = loom.find("talk")
+        session.add_model()
+        plan = session.edit("main~1", THIRD)
+        done = plan.run()
+        assert done.tokens.reused == 0
+        assert done.tokens.computed == plan.cost.computed
+        assert plan.branch.regenerate(**HOW).reply.tokens.generated == HOW["max_tokens"]
+        assert [turn.text for turn in session.log(plan.name)][:3] == [turn.text for turn in session.log()][:3]
+        assert loom.fsck().findings == ()

@@ -119,6 +119,11 @@ class Search:
         if self.settings.strategy == "beam":
             beams.beam_settings(self.settings).check_for(self._loom.engine)
         self._exploration = there or self._begin(at, prompt, name, resume)
+        if self._unread([self._exploration.turn, *(each.turn for each in self._candidates())]):
+            raise SessionError(
+                f"{name!r} was made by another model, and is gone on with by that alone",
+                hint="leave --model out, or begin another search (--name)",
+            )
 
     @property
     def name(self) -> str:
@@ -200,9 +205,18 @@ class Search:
             turn = turn if turn is not None else self._say(at, prompt, name)
         if turn is None:
             raise NothingToDo("nothing was said here yet", hint="give a prompt")
+        if self._unread([turn]):
+            session.warm(at, cancel=self._cancel)
         self._close(turn)
         with self._loom.database.write() as conn:
             return explorations.create(conn, session.row.row, name, turn, self.settings.to_plain())
+
+    def _unread(self, rows: Iterable[int]) -> set[int]:
+        """Those of some turns that the model in use has no state of."""
+        wanted = set(rows)
+        with self._loom.database.read() as conn:
+            states = turns.states_of(conn, sorted(wanted))
+        return wanted - {state.turn for state in states if state.root == self._loom.root}
 
     def _said_before(self, name: str, prompt: str) -> int | None:
         """The turn of a search that was killed right after its prompt was said."""
