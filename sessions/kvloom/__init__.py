@@ -27,13 +27,14 @@ if TYPE_CHECKING:
     from kvloom.errors import KVLoomError
     from kvloom.explore.plan import ExploreSettings
     from kvloom.explore.search import Event, Found, Node, Search
+    from kvloom.listing import TreeTurn
     from kvloom.loom import KVLoom, load_engine, open
     from kvloom.planned import PlannedBranch
     from kvloom.report import Added, Cost, Reply, Restored, Seconds, Tokens
     from kvloom.sample import Sample
     from kvloom.sampling import SamplingSettings
     from kvloom.scores import TokenScore
-    from kvloom.session import Session, TreeTurn
+    from kvloom.session import Session
     from kvloom.template import ChatTemplate
     from kvloom.verify import Receipt
     from kvloom.why import Why
@@ -102,7 +103,7 @@ _HOME = {
     "TokenScore": "scores",
     "Tokens": "report",
     "TransformersEngine": "engine",
-    "TreeTurn": "session",
+    "TreeTurn": "listing",
     "Why": "why",
     "load_engine": "loom",
     "open": "loom",

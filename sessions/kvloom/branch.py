@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     import sqlalchemy as sa
 
     from kvloom.engine import Progress
+    from kvloom.listing import TreeTurn
     from kvloom.loom import KVLoom
     from kvloom.planned import PlannedBranch
     from kvloom.report import Reply
     from kvloom.run import Run, RunOptions
     from kvloom.sample import Sample, SampleRun
-    from kvloom.session import Session, TreeTurn
+    from kvloom.session import Session
     from kvloom.template import Prompt
     from kvloom.why import Why
 

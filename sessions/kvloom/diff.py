@@ -14,8 +14,9 @@ from kvloom_store.names import Ref
 from kvloom_store.spans import Span
 
 if TYPE_CHECKING:
+    from kvloom.listing import TreeTurn
     from kvloom.loom import KVLoom
-    from kvloom.session import Session, TreeTurn
+    from kvloom.session import Session
 
 CHARACTERS = 60
 """Shown of a text on each side of where it parts, where no tokens are shown."""

@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import sqlalchemy as sa
+
 from kvloom.textstream import TextStream
 from kvloom.tokens import Decoder, text_of
+from kvloom_store import refs, spans, trie, turns
+from kvloom_store.spans import Span
 from kvloom_store.turns import Turn
 
 CONTEXT = 64
@@ -75,3 +79,15 @@ def _reach(tokenizer: Decoder, tokens: Sequence[int], whole: str) -> int:
     """How many characters of ``whole`` are certain with its first tokens."""
     text = text_of(tokenizer, tokens, control=False)
     return next((i for i, (a, b) in enumerate(zip(text, whole, strict=False)) if a != b), min(len(text), len(whole)))
+
+
+def partial_of(conn: sa.Connection, tokenizer: Decoder, span: Span, token: int) -> Partial:
+    """The turn of a span up to a token of its path."""
+    state = span.state
+    before = trie.tokens_to(conn, state.position.node, state.position.offset)[: state.start]
+    return partial(tokenizer, span.turn, state.tokens, token - state.start, before)
+
+
+def span_of(conn: sa.Connection, point: refs.Point) -> Span:
+    """The turn a point is inside of, with its tokens."""
+    return spans.of_path(conn, turns.path_to(conn, point.turn))[-1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from kvloom.binding import bindings, identified
 from kvloom.branch import Branch
 from kvloom.errors import NothingToDo, RefNotFound
+from kvloom.listing import TreeTurn, listed
 from kvloom_proto.codecs import AUTO
 from kvloom_proto.scores import TokenScore, read_scores
-from kvloom_store import cut, explorations, pins, refs, roots, spans, trie, turns
+from kvloom_store import cut, pins, refs, roots, turns
 from kvloom_store.names import MAIN, Ref, parse_ref
 from kvloom_store.refs import SessionRow
-from kvloom_store.spans import Span
-from kvloom_store.turns import Turn
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from kvloom.engine import Progress
     from kvloom.explore.search import Search
     from kvloom.loom import KVLoom
-    from kvloom.partial import Partial
     from kvloom.planned import PlannedBranch
     from kvloom.recode import Recoding
     from kvloom.report import Added
@@ -41,33 +39,6 @@ if TYPE_CHECKING:
     from kvloom.warm import Missing
     from kvloom.why import Why
     from kvloom_store.recode import Survey
-
-
-@dataclass(frozen=True, slots=True)
-class TreeTurn:
-    """A turn as ``log`` and ``tree`` show it; ``branches`` and ``tags`` are the names that point at it.
-
-    ``score`` is what a search gave it; ``cut``: it is the beginning of another turn, up to a token that was named;
-    ``pinned``: its state is never dropped.
-    """
-
-    id: str
-    parent: str | None
-    role: str
-    text: str
-    finish_reason: str | None
-    branches: tuple[str, ...]
-    tags: tuple[str, ...]
-    tokens: int
-    score: float | None
-    continues: bool
-    created: int
-    cut: bool = False
-    pinned: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """The object ``--json`` prints."""
-        return {name: getattr(self, name) for name in self.__slots__}
 
 
 class Session:
@@ -398,7 +369,7 @@ class Session:
     def tree(self) -> list[TreeTurn]:
         """Every turn, oldest first: parents come before their children."""
         with self._loom.database.read() as conn:
-            return self._described(conn, turns.of_session(conn, self._row.row))
+            return listed(conn, self._row.row, turns.of_session(conn, self._row.row))
 
     def why(
         self,
@@ -437,15 +408,17 @@ class Session:
 
         Where that turn's tokenizer is not here (``tokenizer`` is None), its text is told whole.
         """
+        from kvloom.partial import partial_of, span_of
+
         ref = self.ref(at)
         with self._loom.database.read() as conn:
             point = refs.resolve(conn, ref)
-            shown = self._described(conn, turns.path_to(conn, point.turn))
+            shown = listed(conn, self._row.row, turns.path_to(conn, point.turn))
             if point.token is None:
                 return shown
-            span = _span(conn, point)
+            span = span_of(conn, point)
             decoder = self.decoder(conn, span.state.root)
-            text = shown[-1].text if decoder is None else _partial(conn, decoder, span, point.token).text
+            text = shown[-1].text if decoder is None else partial_of(conn, decoder, span, point.token).text
         tokens, reason = point.token - span.state.start, cut.CUT if span.turn.role == "assistant" else None
         last = replace(
             shown[-1], text=text, tokens=tokens, finish_reason=reason, branches=(), tags=(), cut=True, score=None
@@ -512,14 +485,15 @@ class Session:
             with self._loom.database.write() as conn:
                 yield conn, refs.resolve(conn, ref).turn
             return
+        from kvloom.partial import partial_of, span_of
         from kvloom.tokens import needed_tokenizer
 
         with self._loom.database.read() as conn:
-            span = _span(conn, point)
+            span = span_of(conn, point)
             decoder = self.decoder(conn, span.state.root) or needed_tokenizer(
                 self._loom, self._read_by(conn, span.state.root)
             )
-            said = _partial(conn, decoder, span, point.token)
+            said = partial_of(conn, decoder, span, point.token)
         with self._loom.database.write() as conn:
             yield conn, cut.add(conn, span.turn, span.state, point.token, said.text, said.settings).row
 
@@ -536,54 +510,9 @@ class Session:
         digest = roots.model_of_root(conn, root)["digest"].hex()
         return identified(self._row.settings, digest) or self.settings
 
-    def _described(self, conn: Any, shown: Sequence[Turn]) -> list[TreeTurn]:
-        ids = {turn.row: turn.id for turn in shown}
-        scores, pinned = explorations.scores(conn, self._row.row), pins.pinned(conn, self._row.row)
-        lengths: dict[int, int] = {}
-        for row, start, end in turns.token_counts(conn, self._row.row):
-            lengths.setdefault(row, end - start)
-        pointing: dict[int, list[str]] = {}
-        for branch in refs.branches(conn, self._row.row):
-            if branch.turn is not None:
-                pointing.setdefault(branch.turn, []).append(branch.name)
-        tagged: dict[int, list[str]] = {}
-        for name, at in refs.tags(conn, self._row.row).items():
-            tagged.setdefault(at, []).append(name)
-        return [
-            TreeTurn(
-                id=turn.id,
-                parent=ids.get(turn.parent) if turn.parent is not None else None,
-                role=turn.role,
-                text=turn.text,
-                finish_reason=turn.finish_reason,
-                branches=tuple(pointing.get(turn.row, ())),
-                tags=tuple(tagged.get(turn.row, ())),
-                tokens=lengths.get(turn.row, 0),
-                score=scores.get(turn.row),
-                continues=turn.continues,
-                created=turn.created,
-                cut=cut.is_cut(turn),
-                pinned=turn.row in pinned,
-            )
-            for turn in shown
-        ]
-
 
 def _file(file: str | Path | BinaryIO) -> AbstractContextManager[BinaryIO]:
     """A file to write a conversation to, whole or not at all; one that is open already as it is."""
     from kvloom.files import written_whole
 
     return written_whole(Path(file)) if isinstance(file, str | Path) else nullcontext(file)
-
-
-def _partial(conn: sa.Connection, tokenizer: Decoder, span: Span, token: int) -> Partial:
-    from kvloom.partial import partial
-
-    state = span.state
-    before = trie.tokens_to(conn, state.position.node, state.position.offset)[: state.start]
-    return partial(tokenizer, span.turn, state.tokens, token - state.start, before)
-
-
-def _span(conn: sa.Connection, point: refs.Point) -> Span:
-    """The turn a point is inside of, with its tokens."""
-    return spans.of_path(conn, turns.path_to(conn, point.turn))[-1]

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import sqlalchemy as sa
 
+    from kvloom.listing import TreeTurn
     from kvloom.report import Reply
-    from kvloom.session import TreeTurn
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _ROLES = {"system": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow"}

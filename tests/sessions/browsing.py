@@ -15,7 +15,7 @@ from kvloom.browse.conversation import Conversation
 from kvloom.browse.outline import Outline
 from kvloom.browse.tree_pane import TreePane
 from kvloom.loom import KVLoom
-from kvloom.session import TreeTurn
+from kvloom.listing import TreeTurn
 
 PATIENCE = 60
 """Seconds until a test that waits for something has failed."""

@@ -331,7 +331,12 @@ class TestManaging:
         assert trip("tag", "trip@b", "start", "--json").json["turn"] == first
         assert len(trip("log", "trip@start", "--json").json["turns"]) == 1
         assert trip("rename", "trip", "journey").code == 0
-        assert trip("rm", "journey", "--yes", "--json").json == {"session": "journey", "turns": 3}
+        removed = trip("rm", "journey", "--yes", "--json").json
+        assert {name: removed[name] for name in ("session", "branch", "turns")} == {
+            "session": "journey",
+            "branch": None,
+            "turns": 3,
+        }
         assert trip("ls", "--json").json == {"sessions": []}
 
     def test_rm_wants_a_yes_where_it_cannot_ask(self, trip: Command) -> None:

@@ -18,7 +18,7 @@ from kvloom.cli import run
 from kvloom.picture.layout import layout
 from kvloom.picture.page import page
 from kvloom.picture.svg import CHARACTERS, svg
-from kvloom.session import TreeTurn
+from kvloom.listing import TreeTurn
 
 HOSTILE = (
     "</script></style></title><script>alert(1)</script><img src=x onerror=alert(1)>"

@@ -28,8 +28,9 @@ from kvloom.shown import told as told_of
 from kvloom_store.names import MAIN
 
 if TYPE_CHECKING:
+    from kvloom.listing import TreeTurn
     from kvloom.loom import KVLoom
-    from kvloom.session import Session, TreeTurn
+    from kvloom.session import Session
 
 P = ParamSpec("P")
 

@@ -12,8 +12,8 @@ from kvloom.shown import short_ids
 from kvloom_store import turns
 
 if TYPE_CHECKING:
+    from kvloom.listing import TreeTurn
     from kvloom.loom import KVLoom
-    from kvloom.session import TreeTurn
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ SECTIONS: dict[str, tuple[Entry, ...]] = {
         Entry("compact", "compact", "compact", "Go on shorter, on a new branch."),
         Entry("tag", "manage", "tag", "Give a turn a name that stays."),
         Entry("rename", "manage", "rename", "Rename a session."),
-        Entry("rm", "manage", "rm", "Delete a session."),
+        Entry("rm", "manage", "rm", "Delete a session or a branch; with --erase, for good."),
     ),
     "Explore": (
         Entry("sample", "sample", "sample", "Get several replies at once, each on its own branch."),

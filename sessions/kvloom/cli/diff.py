@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from kvloom.diff import Diff, Side
-    from kvloom.session import TreeTurn
+    from kvloom.listing import TreeTurn
 
 LEAST_COLUMNS = 60
 """Of a terminal that is narrower, two sides are shown below each other."""

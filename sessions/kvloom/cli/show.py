@@ -16,7 +16,7 @@ from kvloom.shown import clean, labels, local_time, preview, seconds, short_ids
 if TYPE_CHECKING:
     import sqlalchemy as sa
 
-    from kvloom.session import TreeTurn
+    from kvloom.listing import TreeTurn
     from kvloom_store.refs import Point, SessionRow
     from kvloom_store.turns import Turn, TurnState
 

@@ -17,7 +17,7 @@ from kvloom.picture.layout import Place, layout
 from kvloom.shown import clean, labels, preview, role_style, short_ids
 
 if TYPE_CHECKING:
-    from kvloom.session import TreeTurn
+    from kvloom.listing import TreeTurn
 
 UNICODE = ("●", "│ ", "├─", "…")
 ASCII = ("*", "| ", "+-", "~")

@@ -19,7 +19,7 @@ from kvloom.shown import clean, labels
 from kvloom_store.names import MAIN
 
 if TYPE_CHECKING:
-    from kvloom.session import TreeTurn
+    from kvloom.listing import TreeTurn
 
 
 def page(

@@ -14,7 +14,7 @@ from kvloom.picture.palette import DARK, LIGHT, ROLES, role_class
 from kvloom.shown import clean, labels, preview
 
 if TYPE_CHECKING:
-    from kvloom.session import TreeTurn
+    from kvloom.listing import TreeTurn
 
 ROW, COLUMN, RADIUS, EDGE = 24, 20, 5, 16
 """Pixels: the height of a row, the width of a column, a dot, the margin."""
