@@ -14,8 +14,8 @@ from kvloom.browse.app import Browser
 from kvloom.browse.conversation import Conversation
 from kvloom.browse.outline import Outline
 from kvloom.browse.tree_pane import TreePane
-from kvloom.loom import KVLoom
 from kvloom.listing import TreeTurn
+from kvloom.loom import KVLoom
 
 PATIENCE = 60
 """Seconds until a test that waits for something has failed."""

@@ -15,10 +15,10 @@ import pytest
 from test_cli_tree import make
 
 from kvloom.cli import run
+from kvloom.listing import TreeTurn
 from kvloom.picture.layout import layout
 from kvloom.picture.page import page
 from kvloom.picture.svg import CHARACTERS, svg
-from kvloom.listing import TreeTurn
 
 HOSTILE = (
     "</script></style></title><script>alert(1)</script><img src=x onerror=alert(1)>"
