@@ -30,7 +30,7 @@ exact: $(INSTALLED) ## 200 trials of every kind of model: is every bit that is r
 models: $(INSTALLED) ## docs/models.md anew, by running every kind of model; ARGS="--json FILE" with the trials of make exact
 	OMP_NUM_THREADS=1 $(PY) docs/models.py $(ARGS)
 
-torture: $(INSTALLED) ## kill processes, fill disks, crowd a store, and write docs/torture.md anew
+torture: $(INSTALLED) ## flip bits, kill processes, fill disks, crowd a store ..., and write docs/torture.md anew
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(PY) -m torture.run $(ARGS)
 
 lint: $(INSTALLED) ## ruff, its format check, and mypy --strict on the three packages

@@ -38,7 +38,7 @@ from kvloom_store.errors import StateDropped
 from kvloom_store.rows import Captured
 from kvloom_store.schema import PLACE, chunk, provenance, segment, turn_state
 
-TRANSACTION_BYTES = 8 << 20
+TRANSACTION_BYTES = 4 << 20
 """State written in one transaction: what a turn that commits meanwhile has to wait for."""
 
 ABANDONED_US = 3_600_000_000
