@@ -102,6 +102,8 @@ class Writer:
                 self._changed.notify_all()
             if self._thread is not None:
                 self._thread.join()
+            # Where the flush failed, whoever holds this may go on: what is then handed over gets a thread of its own.
+            self._thread, self._closing = None, False
 
     def _run(self) -> None:
         while True:

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,16 @@ from tokenizers import AddedToken
 import kvloom.passes
 from kvloom.branch import Branch
 from kvloom.engine import TransformersEngine
-from kvloom.errors import ContextOverflow, CorruptRow, ModelMismatch, NothingToDo, ReuseRequired, UnsupportedModel
+from kvloom.errors import (
+    ContextOverflow,
+    CorruptRow,
+    ModelMismatch,
+    NothingToDo,
+    ReuseRequired,
+    StoreError,
+    StoreUnavailable,
+    UnsupportedModel,
+)
 from kvloom.loom import KVLoom
 from kvloom_store import refs, schema, segments, trie, turns
 from kvloom_store.names import parse_ref
@@ -662,6 +671,33 @@ def test_rows_that_wait_to_be_stored_are_not_overwritten_by_those_of_a_branch_th
             came_back, account = brought_back(loom, tip)
             assert account.notices == []
             assert came_back == was
+
+
+def test_a_store_that_could_not_be_closed_for_want_of_room_is_still_written_to(store_path: Path):
+    def full(*_: Any, **__: Any) -> int:
+        raise StoreUnavailable("no space left")
+
+    loom = opened(store_path)
+    main = talk(loom, FIRST)
+    loom.flush()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segments, "write", full)
+        main.say(SECOND, max_tokens=3)
+        with pytest.raises(StoreUnavailable):
+            loom.close()
+
+    def go_on() -> None:
+        main.say(THIRD, max_tokens=3)
+        with suppress(StoreError):  # what it stands on was not stored: it is replayed when it is needed
+            loom.flush()
+
+    going_on = threading.Thread(target=go_on, daemon=True)
+    going_on.start()
+    going_on.join(60)
+    assert not going_on.is_alive()
+    assert main.log()[-2].text == THIRD
+    loom.writer.close()
+    loom.database.close()
 
 
 if __name__ == "__main__":
