@@ -21,8 +21,10 @@ from kvloom_proto.records import STORED_BY_ROW, LayerKind, LayerSpec, TensorSpec
 from kvloom_store.rows import Captured, Frame, RowBuffer, Rows, RowSource, shape_with
 from kvloom_store.writer import Handle
 
-CAPACITY_STEP = 1024
-"""Buffers hold a multiple of this many tokens."""
+CAPACITY_STEP = 256
+LEAST_CAPACITY = 1024
+"""Buffers hold a multiple of so many tokens, and at least so many. Huge pages make the room that is not used resident,
+too, and to touch it for the first time costs as much as for state."""
 
 TORCH_DTYPES = {
     "float64": torch.float64,
@@ -129,7 +131,7 @@ class LiveState:
         self._before_at: int | None = None
 
     def _allocate(self, capacity: int) -> None:
-        self.capacity = -(-max(capacity, 1) // CAPACITY_STEP) * CAPACITY_STEP
+        self.capacity = max(-(-capacity // CAPACITY_STEP) * CAPACITY_STEP, LEAST_CAPACITY)
         if self.device.type == "cpu":
             self._use(RowBuffer(self.layers, self.capacity))
         else:
@@ -185,7 +187,7 @@ class LiveState:
         if tokens <= self.capacity:
             return
         old, held = self.tensors, max((layer.length for layer in self._row_layers), default=0)
-        self._allocate(max(tokens, self.capacity + self.capacity // 2))
+        self._allocate(max(tokens, self.capacity + self.capacity // 4))
         for spec, new_tensors, old_tensors in zip(self.specs, self.tensors, old, strict=True):
             for number in range(len(new_tensors)):
                 rows_of(spec, new_tensors, number, 0, held).copy_(rows_of(spec, old_tensors, number, 0, held))
