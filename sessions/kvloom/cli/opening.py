@@ -261,7 +261,7 @@ def binding_of(known: Mapping[str, Any] | None, model: str | None, dtype: str | 
     from kvloom import binding
     from kvloom.errors import ModelMismatch
 
-    if known is None:
+    if not known:
         return {}
     name = absolute(model) if model else str(known["model"])
     found = binding.named(known, name, dtype)
