@@ -235,6 +235,20 @@ def test_each_kind_of_damage_is_found_and_repaired(
     assert checked(path).sound
 
 
+def test_digests_of_a_model_that_is_gone_go_with_it(path: Path) -> None:
+    raw = sqlite3.connect(path)
+    raw.row_factory = sqlite3.Row
+    values = {**dict(raw.execute("SELECT * FROM model_digest").fetchone()), "model": 12345}
+    values["checksum"] = row_checksum(schema.model_digest, {k: v for k, v in values.items() if k != "checksum"})
+    with raw:
+        raw.execute("UPDATE model_digest SET model = :model, checksum = :checksum WHERE digest = :digest", values)
+    raw.close()
+    assert find(checked(path), Kind.POINTER, "model_digest").severity == Severity.HEALS
+    report, _ = repaired(path)
+    assert [each.words for each in report.findings if each.severity != Severity.NOTE] == []
+    assert checked(path).sound
+
+
 @pytest.mark.parametrize(
     ("table", "row", "cells", "kind"),
     [

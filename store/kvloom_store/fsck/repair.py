@@ -28,7 +28,18 @@ from kvloom_store.fsck.mending import mended
 from kvloom_store.fsck.paths import stands
 from kvloom_store.fsck.reading import CACHE_OF_STATE, RELEASED, Reader, is_intact
 from kvloom_store.fsck.rebuild import rebuild
-from kvloom_store.schema import chunk, meta, metadata, node, provenance, segment, sequence, turn_state
+from kvloom_store.schema import (
+    chunk,
+    meta,
+    metadata,
+    model,
+    model_digest,
+    node,
+    provenance,
+    segment,
+    sequence,
+    turn_state,
+)
 
 
 class Action(enum.StrEnum):
@@ -113,6 +124,8 @@ def _action(found: Finding) -> Action | None:
         return Action.MEND
     if table in ("meta", "sequence", "model_digest", "provenance") and kind in (Kind.ROW, Kind.VALUE):
         return Action.REMAKE
+    if table == model_digest.name and kind == Kind.POINTER:  # its model is gone: it is noted again when that is met
+        return Action.REMAKE
     if table in CACHE_OF_STATE and kind in (Kind.ROW, Kind.VALUE, Kind.POINTER, Kind.STATE, Kind.CHUNK):
         return Action.RECOMPUTE
     if kind == Kind.STATE or (kind == Kind.POINTER and found.severity == Severity.HEALS):
@@ -172,6 +185,7 @@ def _remake(database: Database, step: Step) -> Iterator[str]:
             else:
                 scan.delete_at(conn, table, rowid)
     with database.write() as conn:
+        conn.execute(model_digest.delete().where(model_digest.c.model.not_in(sa.select(model.c.id))))
         there = {name for (name,) in conn.execute(sa.select(sequence.c.name))}
         for table in metadata.tables.values():
             if "id" not in table.columns:
