@@ -235,6 +235,18 @@ def test_each_kind_of_damage_is_found_and_repaired(
     assert checked(path).sound
 
 
+@pytest.mark.parametrize("table", ["tag", "pin", "model_digest"])
+def test_a_table_that_the_file_has_lost_is_made_anew(path: Path, table: str) -> None:
+    raw = sqlite3.connect(path)
+    raw.execute(f"DROP TABLE {table}")
+    raw.close()
+    assert find(checked(path), Kind.PAGE, table).severity == Severity.LOST
+    report, done = repaired(path)
+    assert [each.words for each in report.findings if each.severity != Severity.NOTE] == []
+    assert done
+    assert checked(path).sound
+
+
 def test_digests_of_a_model_that_is_gone_go_with_it(path: Path) -> None:
     raw = sqlite3.connect(path)
     raw.row_factory = sqlite3.Row

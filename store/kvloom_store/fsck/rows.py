@@ -18,7 +18,7 @@ from kvloom_store.errors import CorruptRow
 from kvloom_store.fsck.copies import told_elsewhere
 from kvloom_store.fsck.findings import Finding, Kind, Severity
 from kvloom_store.fsck.mending import mended
-from kvloom_store.fsck.reading import CACHE_OF_STATE, Progress, Reader, finding, is_intact, key_of, shown, table_named
+from kvloom_store.fsck.reading import CACHE_OF_STATE, Progress, Reader, finding, is_intact, key_of, shown
 from kvloom_store.schema import chunk, metadata, segment
 
 PROGRESS_BYTES = 16 << 20
@@ -203,7 +203,7 @@ def missing_tables(reader: Reader) -> Iterator[Finding]:
         if name not in there:
             reader.torn.add(name)
             words = f"the table {name} is not in the file: it is made anew, empty"
-            yield finding(Kind.PAGE, Severity.LOST, table_named(name) or name, None, None, words)
+            yield finding(Kind.PAGE, Severity.LOST, name, None, None, words)
     made = sqlite.definitions(reader.conn)
     for name, sql in _definitions().items():
         is_index = name not in metadata.tables and fulltext.TABLE not in name
