@@ -28,6 +28,10 @@ STATE, SPARE = "state", "free pages and the file's own lists"
 """Kinds of page; the others are named in ``pages``."""
 
 
+CRASHED = "crashed"
+"""An outcome that must not be: an error that is none of kvloom's."""
+
+
 @dataclass
 class Flips:
     """What was found: how often, by the kind of page that was hit and by what came of it.
@@ -64,7 +68,12 @@ def torture(folder: Path, engine: TransformersEngine, seed: int, *, flips: int) 
         at = _byte(sound, dice.choice(kinds[kind]), dice, used=bool(number // len(kinds) % 2))
         data = bytearray(sound)
         data[at] ^= 1 << dice.randrange(8)
-        outcome = _one(path, bytes(data), engine, expected, normal, f"flip {number} at byte {at}, {kind}", found)
+        where = f"flip {number} at byte {at}, {kind}"
+        try:
+            outcome = _one(path, bytes(data), engine, expected, normal, where, found)
+        except Exception as error:  # not one of ours: a mistake in the code, and the rest goes on
+            found.wrong.append(f"{where}: {type(error).__name__}: {error}")
+            outcome = CRASHED
         counts = found.outcomes.setdefault(kind, {})
         counts[outcome] = counts.get(outcome, 0) + 1
         found.flips += 1

@@ -11,7 +11,7 @@ from typing import Any
 PAGE = Path(__file__).parents[2] / "docs" / "torture.md"
 NOT_RUN = "Not run: "
 
-OUTCOMES = ("dead", "healed", "lost", "refused")
+OUTCOMES = ("dead", "healed", "lost", "refused", "crashed")
 """What comes of a bit that flips, in the order of the columns."""
 
 
@@ -114,7 +114,7 @@ def flips(found: Any) -> str:
         f"| {kind} | " + " | ".join(f"{counts.get(each, 0):,}" for each in OUTCOMES) + " |"
         for kind, counts in sorted(found.outcomes.items())
     ]
-    sums = [("bits flipped", found.flips), ("**served, not found, or state not healed**", len(found.wrong))]
+    sums = [("bits flipped", found.flips), ("**served, not found, crashed, or state not healed**", len(found.wrong))]
     return "\n".join([*head, *rows, "", table(sums)])
 
 
