@@ -174,9 +174,13 @@ def tree_names(conn: sa.Connection) -> dict[int, tuple[str, str]]:
 
 
 def definitions(conn: sa.Connection) -> dict[str, str]:
-    """The statement that made each table and index, by its name; "" for an index that SQLite made of its own accord."""
-    rows = conn.exec_driver_sql("SELECT CAST(name AS BLOB), CAST(coalesce(sql, '') AS BLOB) FROM sqlite_master")
-    return {bytes(name).decode(errors="replace"): bytes(sql).decode(errors="replace") for name, sql in rows}
+    """What the file's catalogue says of each table and index, cell by cell with its type, by the name in small letters.
+
+    A flipped bit may leave a name that SQLite takes for the same one: in another case, or as a blob.
+    """
+    cells = "quote(type) || quote(name) || quote(tbl_name) || quote(sql)"
+    rows = conn.exec_driver_sql(f"SELECT CAST(lower(name) AS BLOB), CAST({cells} AS BLOB) FROM sqlite_master")
+    return {bytes(name).decode(errors="replace"): bytes(said).decode(errors="replace") for name, said in rows}
 
 
 def reindex(conn: sa.Connection) -> None:
