@@ -186,6 +186,8 @@ def difference(conn: sa.Connection, texts: Iterable[tuple[int, str]]) -> str | N
                 return "it does not hold the words of the turns"
             if conn.exec_driver_sql(f"SELECT k FROM {TABLE}_config").scalars().all() != ["version"]:
                 return "it does not say how it is made"
+            if conn.exec_driver_sql(_MISLEADING).scalar_one():
+                return "it does not say where its pages are"
             for term, count in conn.exec_driver_sql("SELECT term, doc FROM temp.counted"):
                 sql = f"SELECT count(*) FROM {TABLE} WHERE {TABLE} MATCH ?"
                 if conn.exec_driver_sql(sql, (f'"{term}"',)).scalar_one() != count:
@@ -198,6 +200,14 @@ def difference(conn: sa.Connection, texts: Iterable[tuple[int, str]]) -> str | N
     except MemoryError:
         return "it claims to be larger than memory"
     return None
+
+
+# FTS5 keeps page n of segment s as row (s << 37) + n. What names a page, with a flag in its lowest bit, must name one
+# that is there.
+_MISLEADING = f"""
+SELECT count(*) FROM {TABLE}_idx AS way LEFT JOIN {TABLE}_data AS page ON page.id = (way.segid << 37) + (way.pgno >> 1)
+WHERE page.id IS NULL OR way.segid < 1 OR typeof(way.pgno) <> 'integer' OR typeof(way.term) <> 'blob'
+"""
 
 
 def _expected(texts: Iterable[tuple[int, str]]) -> tuple[int, int, int]:

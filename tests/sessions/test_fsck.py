@@ -214,6 +214,8 @@ def test_progress_tells_the_bytes_that_were_read(path: Path, monkeypatch: pytest
         ("DELETE FROM node WHERE id = 3", Kind.POINTER, "turn_state", Severity.LOST),
         ("DELETE FROM turn_text_docsize WHERE id = 3", Kind.INDEX, "turn_text", Severity.HEALS),
         ("DELETE FROM turn_text_data WHERE id > 100", Kind.INDEX, "turn_text", Severity.HEALS),
+        ("UPDATE turn_text_idx SET pgno = 0", Kind.INDEX, "turn_text", Severity.HEALS),
+        ("UPDATE turn_text_idx SET pgno = 130", Kind.INDEX, "turn_text", Severity.HEALS),
     ],
 )
 def test_each_kind_of_damage_is_found_and_repaired(
