@@ -19,7 +19,7 @@ import kvloom
 from kvloom.errors import StoreError
 from kvloom_store import roots, schema
 
-FLIPS = int(os.environ.get("KVLOOM_FLIPS", "36"))
+FLIPS = int(os.environ.get("KVLOOM_FLIPS", "120"))
 
 
 @pytest.fixture(autouse=True, scope="module")
