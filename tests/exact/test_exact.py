@@ -340,7 +340,6 @@ def test_smollm2_is_resumed_exactly_after_a_kill(
         "codec": "raw",
         "threads": torch.get_num_threads(),
         **trials.FEW_STEPS,
-        **trials.SHORT,
     }
     spec = {"scenarios": [scenario], "folder": str(tmp_path), "trials": 1, "grid": 64, "seed": SEED}
     results = [
