@@ -16,11 +16,18 @@ if TYPE_CHECKING:
 
 
 def path_to(conn: sa.Connection, turn: int | None, root: int) -> tuple[list[Turn], dict[int, TurnState]]:
-    """The turns from the first one down to a turn, and the state of each to go on from, by the turn's row."""
+    """The turns from the first one down to a turn, and the state of each to go on from, by the turn's row.
+
+    Raises:
+        CorruptRow: a damaged index hides one.
+    """
     path = turns.path_to(conn, turn)
     states: dict[int, list[TurnState]] = {}
     for state in turns.states_of(conn, [each.row for each in path]):
         states.setdefault(state.turn, []).append(state)
+    without = [each.row for each in path if each.row not in states and each.message.get("role") != "system"]
+    if without:  # text that no model has read yet, most often: a system message's tokens come with the next one
+        turns.check_listed(conn, without)
     best = {row: turns.best_state(some, root) for row, some in states.items()}
     return path, {row: state for row, state in best.items() if state is not None}
 

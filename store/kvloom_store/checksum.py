@@ -38,11 +38,13 @@ def sealed(table: Table, values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "checksum": row_checksum(table, values)}
 
 
-def checked(table: Table, row: Row[Any]) -> dict[str, Any]:
+def checked(table: Table, row: Row[Any], **asked: object) -> dict[str, Any]:
     """A row of ``select(table)`` as a dictionary without its checksum.
 
+    ``asked``: what the row was looked up by. A damaged index leads to another one, which is sound in itself.
+
     Raises:
-        CorruptRow: the row is not the one that was written.
+        CorruptRow: the row is not the one that was written, or not the one that was asked for.
     """
     values: dict[str, Any] = dict(row._mapping)
     checksum = values.pop("checksum")
@@ -50,7 +52,7 @@ def checked(table: Table, row: Row[Any]) -> dict[str, Any]:
         actual = row_checksum(table, values)
     except (TypeError, ValueError, KeyError):  # a damaged cell may come back as a value of another type
         actual = b""
-    if checksum != actual:
+    if checksum != actual or any(values[name] != value for name, value in asked.items()):
         raise CorruptRow(table.name, tuple(values[c.name] for c in table.primary_key.columns))
     return values
 

@@ -82,7 +82,7 @@ def find(conn: sa.Connection, session: int, name: str) -> Exploration | None:
     """The search of that name."""
     query = sa.select(exploration).where(exploration.c.session == session, exploration.c.name == name)
     row = conn.execute(query).one_or_none()
-    return None if row is None else _exploration(checked(exploration, row))
+    return None if row is None else _exploration(checked(exploration, row, session=session, name=name))
 
 
 def of_session(conn: sa.Connection, session: int) -> list[Exploration]:

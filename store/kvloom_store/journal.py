@@ -147,7 +147,7 @@ def _recovered(conn: sa.Connection, run: bytes) -> Kept | None:
     if found is None:
         return None
     try:
-        values = checked(journal, found)
+        values = checked(journal, found, run=run)
         settings, timings = (unpacked(values[name], "journal", run) for name in ("settings", "timings"))
         schedule = read_schedule(values["schedule"])
         is_there = _there(conn, turn, values["turn"]) and _there(conn, turn_state, values["tip"])

@@ -78,4 +78,5 @@ def parse_ref(text: str) -> Ref:
 
 def nearest(name: str, names: Iterable[str]) -> list[str]:
     """Up to three names that are close to one that was not found."""
-    return difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
+    known = [each for each in names if isinstance(each, str)]  # a damaged index says anything
+    return difflib.get_close_matches(name, known, n=3, cutoff=0.5)

@@ -27,7 +27,7 @@ def remove(conn: sa.Connection, turn_row: int) -> bool:
 
 def _found(conn: sa.Connection, turn_row: int) -> int | None:
     row = conn.execute(sa.select(pin).where(pin.c.turn == turn_row)).one_or_none()
-    return None if row is None else int(checked(pin, row)["id"])
+    return None if row is None else int(checked(pin, row, turn=turn_row)["id"])
 
 
 def pinned(conn: sa.Connection, session: int | None = None) -> set[int]:

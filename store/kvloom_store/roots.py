@@ -43,7 +43,7 @@ def find_model(conn: sa.Connection, digest: bytes) -> int | None:
     row = conn.execute(sa.select(model).where(model.c.digest == digest)).one_or_none()
     if row is None:
         row = next((each for each in conn.execute(sa.select(model)) if each.digest == digest), None)
-    return None if row is None else int(checked(model, row)["id"])
+    return None if row is None else int(checked(model, row, digest=digest)["id"])
 
 
 def link_digest(conn: sa.Connection, kind: str, digest: bytes, model_id: int) -> None:
@@ -79,7 +79,7 @@ def find_root(conn: sa.Connection, model_id: int, *, extra: bytes = b"", salt: b
         row = next(
             (each for each in conn.execute(sa.select(root)) if (each.model, each.extra, each.salt) == wanted), None
         )
-    return None if row is None else int(checked(root, row)["id"])
+    return None if row is None else int(checked(root, row, model=model_id, extra=extra, salt=salt)["id"])
 
 
 def model_of_root(conn: sa.Connection, root_id: int) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def add_provenance(conn: sa.Connection, record: Provenance) -> int:
     key = digest(packed)
     row = conn.execute(sa.select(provenance).where(provenance.c.digest == key)).one_or_none()
     if row is not None:
-        return int(checked(provenance, row)["id"])
+        return int(checked(provenance, row, digest=key)["id"])
     new = allocate(conn, provenance)
     insert(conn, provenance, {"id": new, "digest": key, "record": packed})
     return new

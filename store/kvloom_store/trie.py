@@ -127,7 +127,13 @@ def _walk(conn: sa.Connection, root: int, packed: bytes, start_at: Position | No
         run = [checked(node, row) for row in conn.execute(_run_of_edges(), values)]
         if not run:
             raise CorruptRow("node", (at,))
-        path += [Position(each["id"], _matched(each, packed), each["start"]) for each in run]
+        for each in run:
+            # Where an edge stands on another one is in an index, too, which may be damaged.
+            if each["root"] != root or (
+                path and (each["parent"], each["parent_offset"]) != (path[-1].node, path[-1].offset)
+            ):
+                raise CorruptRow("node", (each["id"],))
+            path.append(Position(each["id"], _matched(each, packed), each["start"]))
         # What goes on where the last edge ends was looked for; where the tokens leave it, a child may go on with them.
         at = _child(conn, root, path[-1], packed) if path[-1].offset < run[-1]["length"] else None
     return Match(path[-1], tuple(path))

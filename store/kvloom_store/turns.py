@@ -154,14 +154,14 @@ def _turn(values: Mapping[str, Any]) -> Turn:
 def by_id(conn: sa.Connection, public_id: bytes) -> Turn | None:
     """The turn of that id, in whichever session."""
     found = conn.execute(sa.select(turn).where(turn.c.public_id == public_id)).one_or_none()
-    return None if found is None else _turn(checked(turn, found))
+    return None if found is None else _turn(checked(turn, found, public_id=public_id))
 
 
 def alike(conn: sa.Connection, session: int, parent: int | None, digest: bytes) -> list[Turn]:
     """The turns of a session below the same parent that say the same, oldest first."""
     below = turn.c.parent.is_(None) if parent is None else turn.c.parent == parent
     query = sa.select(turn).where(turn.c.digest == digest, turn.c.session == session, below).order_by(turn.c.id)
-    return [_turn(checked(turn, row)) for row in conn.execute(query)]
+    return [_turn(checked(turn, row, digest=digest, session=session, parent=parent)) for row in conn.execute(query)]
 
 
 def get(conn: sa.Connection, row: int) -> Turn:
@@ -293,6 +293,19 @@ def states_of(conn: sa.Connection, turn_rows: Sequence[int]) -> list[TurnState]:
     """Every state of some turns, oldest first."""
     query = sa.select(turn_state).where(turn_state.c.turn.in_(turn_rows)).order_by(turn_state.c.id)
     return [_state(checked(turn_state, row)) for row in conn.execute(query)]
+
+
+def check_listed(conn: sa.Connection, turn_rows: Sequence[int]) -> None:
+    """Make sure that turns really have no state, before it is computed: all rows are read, which takes less than that.
+
+    Raises:
+        CorruptRow: one has, and the index does not say so.
+    """
+    # A sum is in no index, and not all columns are: so the table itself is read.
+    query = sa.select(turn_state).where((turn_state.c.turn + 0).in_(turn_rows)).limit(1)
+    hidden = conn.execute(query).one_or_none()
+    if hidden is not None:
+        raise CorruptRow("turn_state", (hidden.id,))
 
 
 def states_of_session(conn: sa.Connection, session: int) -> list[TurnState]:

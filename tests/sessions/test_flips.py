@@ -16,8 +16,8 @@ from tiny import tiny_model, tiny_tokenizer
 from torture import flips
 
 import kvloom
-from kvloom.errors import StoreError
-from kvloom_store import roots, schema
+from kvloom.errors import CorruptRow, RefExists, StoreError
+from kvloom_store import refs, roots
 
 FLIPS = int(os.environ.get("KVLOOM_FLIPS", "120"))
 
@@ -28,6 +28,18 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def _empty(path: Path, indexes: str) -> None:
+    """Let some indexes point at a page that holds nothing."""
+    raw = sqlite3.connect(path)
+    raw.execute("PRAGMA writable_schema=ON")
+    raw.execute(
+        "UPDATE sqlite_master SET rootpage = (SELECT rootpage FROM sqlite_master WHERE name = 'sqlite_autoindex_tag_1')"
+        f" WHERE type = 'index' AND {indexes}"
+    )
+    raw.commit()
+    raw.close()
 
 
 @pytest.fixture(scope="module")
@@ -60,19 +72,53 @@ def test_an_index_that_hides_a_model_and_its_trie_hides_no_state(
 ) -> None:
     with kvloom.open(store_path, model=engine) as loom:
         known = loom.root
-    raw = sqlite3.connect(store_path)
-    raw.execute("PRAGMA writable_schema=ON")
-    for table in (schema.model, schema.root):  # the indexes now point at pages that are empty
-        raw.execute(
-            "UPDATE sqlite_master SET rootpage ="
-            " (SELECT rootpage FROM sqlite_master WHERE name = 'sqlite_autoindex_tag_1')"
-            " WHERE type = 'index' AND tbl_name = ?",
-            (table.name,),
-        )
-    raw.commit()
-    raw.close()
+    _empty(store_path, "tbl_name IN ('model', 'root')")
     with kvloom.open(store_path, model=engine) as loom:
         digest = engine.identity().digest
         with loom.database.read() as conn:
             assert roots.find_model(conn, digest) is not None
         assert loom.root == known
+
+
+def test_state_that_an_index_hides_is_not_computed_anew_without_a_word(
+    store_path: Path, engine: kvloom.TransformersEngine
+) -> None:
+    sound = flips.made(store_path, engine)
+    expected = flips.going_on(store_path, engine)
+    flips.put(store_path, sound)
+    _empty(store_path, "name = 'ix_turn_state_turn'")
+    damaged = store_path.read_bytes()
+    with kvloom.open(store_path, model=engine) as loom, pytest.raises(CorruptRow, match="turn_state"):
+        loom.find("talk").branch().say(flips.NEXT)
+    flips.put(store_path, damaged)
+    with kvloom.open(store_path, model=engine) as loom:
+        loom.repair()
+    assert flips.going_on(store_path, engine) == expected
+
+
+def test_a_session_that_an_index_hides_is_found_and_none_is_begun_in_its_place(store_path: Path) -> None:
+    with kvloom.open(store_path) as loom, loom.database.write() as conn:
+        refs.create_session(conn, "trip", {})
+    _empty(store_path, "name = 'sqlite_autoindex_session_1'")
+    with kvloom.open(store_path) as loom:
+        with loom.database.read() as conn:
+            assert refs.get_session(conn, "trip").name == "trip"
+        with pytest.raises(RefExists), loom.database.write() as conn:
+            refs.create_session(conn, "trip", {})
+
+
+def test_an_index_that_leads_to_another_session_is_told_as_damage(store_path: Path) -> None:
+    with kvloom.open(store_path) as loom, loom.database.write() as conn:
+        rows = {name: refs.create_session(conn, name, {}).row for name in ("first", "trip", "work")}
+    raw = sqlite3.connect(store_path)
+    [(page,)] = raw.execute("SELECT rootpage FROM sqlite_master WHERE name = 'sqlite_autoindex_session_1'")
+    [(size,)] = raw.execute("PRAGMA page_size")
+    raw.close()
+    data = bytearray(store_path.read_bytes())
+    old, new = (b"trip" + bytes([rows[name]]) for name in ("trip", "work"))
+    at = data.index(old, (page - 1) * size)
+    assert at < page * size
+    data[at : at + len(new)] = new
+    flips.put(store_path, bytes(data))
+    with kvloom.open(store_path) as loom, loom.database.read() as conn, pytest.raises(CorruptRow, match="session"):
+        refs.get_session(conn, "trip")

@@ -54,7 +54,7 @@ def torture(folder: Path, engine: TransformersEngine, seed: int, *, flips: int) 
     """So many flips in copies of one small store, each kind of page in turn."""
     found = Flips()
     path = folder / "flipped.db"
-    sound = _made(folder / "sound.db", engine)
+    sound = made(folder / "sound.db", engine)
     put(path, sound)
     expected = going_on(path, engine)
     if isinstance(expected, str):
@@ -125,7 +125,7 @@ def _repaired(path: Path, engine: TransformersEngine, where: str, found: Flips) 
     return "lost" if report.findings else "healed"
 
 
-def _made(path: Path, engine: TransformersEngine) -> bytes:
+def made(path: Path, engine: TransformersEngine) -> bytes:
     with KVLoom(path, model=engine) as loom:
         main = loom.session("talk", system="Be brief.").branch()
         main.say("hello, and what was it?", max_tokens=6)
