@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -189,38 +189,59 @@ class Provenance:
     engine: str
 
 
+class Layers(tuple[LayerSpec, ...]):
+    """The spec of each single layer, in order.
+
+    What a run of them holds of a kind is worked out once: a path of hundreds of small segments asks hundreds of times.
+    """
+
+    @cached_property
+    def _parts(self) -> dict[tuple[LayerKind, int, int], tuple[tuple[int, ...], int]]:
+        return {}
+
+    @cached_property
+    def by_row(self) -> tuple[int, ...]:
+        """Those that add rows."""
+        return tuple(n for n, spec in enumerate(self) if spec.kind in STORED_BY_ROW)
+
+    def part(self, kind: LayerKind, first: int, count: int) -> tuple[tuple[int, ...], int]:
+        """Those of ``count`` layers from ``first`` on that are of a kind, and the bytes of one row of all of them."""
+        key = (kind, first, count)
+        if key not in self._parts:
+            here = tuple(n for n in range(first, first + count) if self[n].kind == kind)
+            self._parts[key] = here, sum(self[n].row_bytes for n in here)
+        return self._parts[key]
+
+
 @lru_cache(maxsize=64)
-def expand(layers: tuple[LayerSpec, ...]) -> tuple[LayerSpec, ...]:
+def expand(layers: tuple[LayerSpec, ...]) -> Layers:
     """The spec of each single layer, in order."""
-    return tuple(spec for spec in layers for _ in range(spec.count))
+    return Layers(spec for spec in layers for _ in range(spec.count))
 
 
-def covered(layers: Sequence[LayerSpec], chunk: ChunkSpec) -> list[int]:
+def covered(layers: Layers, chunk: ChunkSpec) -> tuple[int, ...]:
     """The layers whose state is in a chunk: those of its range that are of its kind, in order."""
-    return [n for n in range(chunk.layer, chunk.layer + chunk.layers) if layers[n].kind == chunk.kind]
+    return layers.part(chunk.kind, chunk.layer, chunk.layers)[0]
 
 
-def dtype_of(layers: Sequence[LayerSpec], chunk: ChunkSpec) -> str:
+def dtype_of(layers: Layers, chunk: ChunkSpec) -> str:
     """The dtype of all elements of a chunk; "" where they differ."""
     dtypes = {tensor.dtype for number in covered(layers, chunk) for tensor in layers[number].tensors}
     return dtypes.pop() if len(dtypes) == 1 else ""
 
 
-def may_be_lossy(layers: Sequence[LayerSpec], chunk: ChunkSpec) -> bool:
+def may_be_lossy(layers: Layers, chunk: ChunkSpec) -> bool:
     """Whether a chunk holds what a lossy codec may be asked for."""
     return chunk.kind in STORED_BY_ROW and dtype_of(layers, chunk) in codecs.LOSSY_DTYPES
 
 
-def chunk_raw_bytes(layers: Sequence[LayerSpec], chunk: ChunkSpec) -> int:
+def chunk_raw_bytes(layers: Layers, chunk: ChunkSpec) -> int:
     """Raw bytes of a chunk."""
-    return _raw_bytes(layers, covered(layers, chunk), chunk)
-
-
-def _raw_bytes(layers: Sequence[LayerSpec], here: Sequence[int], chunk: ChunkSpec) -> int:
+    here, row_bytes = layers.part(chunk.kind, chunk.layer, chunk.layers)
     if chunk.kind == LayerKind.BLOCKS:
         end = chunk.position + chunk.tokens
         return sum(layers[n].row_bytes * layers[n].rows_between(chunk.position, end) for n in here)
-    return sum(layers[n].row_bytes for n in here) * (1 if chunk.kind == LayerKind.KEYFRAME else chunk.tokens)
+    return row_bytes * (1 if chunk.kind == LayerKind.KEYFRAME else chunk.tokens)
 
 
 def pack(record: Manifest | Schedule | Provenance) -> bytes:
@@ -390,7 +411,7 @@ def _check_covered_once(manifest: Manifest) -> None:
     """Each row, and each layer of each keyframe, must stand in exactly one chunk, of the length its specs announce."""
     layers = expand(manifest.layers)
     # How far each layer's rows reach, when the chunks are taken in order: an overlap and a hole could hide in a sum.
-    reach = {n: manifest.start for n, spec in enumerate(layers) if spec.kind in STORED_BY_ROW}
+    reach = dict.fromkeys(layers.by_row, manifest.start)
     frames: set[tuple[int, int]] = set()
     for chunk in sorted(manifest.chunks, key=lambda chunk: chunk.position):
         if chunk.layer + chunk.layers > len(layers):
@@ -416,7 +437,7 @@ def _check_covered_once(manifest: Manifest) -> None:
             raise FormatError("state is stored twice, or for no layer", field="chunk.layer")
         if chunk.codec in codecs.LOSSY and not may_be_lossy(layers, chunk):
             raise FormatError("only rows of floating-point numbers may be stored with loss", field="chunk.codec")
-        if chunk.raw_length != _raw_bytes(layers, here, chunk):
+        if chunk.raw_length != chunk_raw_bytes(layers, chunk):
             raise FormatError("a chunk's length is not that of its state", field="chunk.raw_length")
     if set(reach.values()) - {manifest.end}:
         raise FormatError("the chunks do not cover every row", field="manifest.chunks")

@@ -7,7 +7,7 @@ says. Memory: the tokens of the bundle, a few numbers a record, and one chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,7 @@ from kvloom_proto.messages import check_limit
 from kvloom_proto.records import (
     ITEM_BYTES,
     ChunkSpec,
+    Layers,
     LayerSpec,
     Manifest,
     Schedule,
@@ -129,7 +130,7 @@ class Contents:
     names: set[str] = field(default_factory=set)
     _paths: dict[int, bytes] = field(default_factory=dict)
     _awaited: list[ChunkSpec] = field(default_factory=list)
-    _layers: Sequence[LayerSpec] = field(default_factory=list)
+    _layers: Layers = field(default_factory=Layers)
 
     def read(self, reader: Reader) -> Iterator[tuple[Record, Any]]:
         """Every record of a bundle with what was read of it: a CheckedTurn, a CheckedSegment, a ChunkSpec, a mapping.

@@ -32,7 +32,7 @@ from kvloom_proto.errors import FormatError
 from kvloom_proto.records import (
     ChunkSpec,
     LayerKind,
-    LayerSpec,
+    Layers,
     Manifest,
     Pass,
     Schedule,
@@ -229,7 +229,7 @@ def _key(spec: ChunkSpec) -> tuple[int, int, int]:
     return (int(spec.kind), spec.layer, spec.position)
 
 
-def _chunk(conn: sa.Connection, row: int, layers: Sequence[LayerSpec], spec: ChunkSpec) -> tuple[bytes, codec.Buffer]:
+def _chunk(conn: sa.Connection, row: int, layers: Layers, spec: ChunkSpec) -> tuple[bytes, codec.Buffer]:
     """A chunk as it is stored, and its raw bytes. Raises StateDamaged."""
     at = (chunk.c.segment == row) & (chunk.c.kind == int(spec.kind))
     at &= (chunk.c.layer == spec.layer) & (chunk.c.position == spec.position)
@@ -265,7 +265,7 @@ def _cut(
     return Manifest(manifest.start, part.end, manifest.chunk_tokens, manifest.layers, tuple(specs)), cut
 
 
-def _first_rows(raw: codec.Buffer, layers: Sequence[LayerSpec], spec: ChunkSpec, end: int) -> bytes:
+def _first_rows(raw: codec.Buffer, layers: Layers, spec: ChunkSpec, end: int) -> bytes:
     """The raw bytes of a chunk's rows before ``end``."""
     parts, at = [], 0
     for number in covered(layers, spec):

@@ -20,7 +20,17 @@ import sqlalchemy as sa
 
 from kvloom_proto.errors import FormatError
 from kvloom_proto.limits import CHUNK_BYTES
-from kvloom_proto.records import STORED_BY_ROW, ChunkSpec, LayerKind, LayerSpec, Manifest, TensorSpec, covered, expand
+from kvloom_proto.records import (
+    STORED_BY_ROW,
+    ChunkSpec,
+    LayerKind,
+    Layers,
+    LayerSpec,
+    Manifest,
+    TensorSpec,
+    covered,
+    expand,
+)
 from kvloom_store import codec, sqlite
 from kvloom_store.planner import Link, Read, StateDamaged
 from kvloom_store.restore import checked_raw, raw_of
@@ -232,9 +242,7 @@ def _rows(
         yield from conn.execute(query.order_by(*order))  # fetched one by one: only one blob is in memory
 
 
-def _scatter(
-    raw: codec.Buffer, layers: Sequence[LayerSpec], spec: ChunkSpec, start: int, end: int, sink: RowSink
-) -> None:
+def _scatter(raw: codec.Buffer, layers: Layers, spec: ChunkSpec, start: int, end: int, sink: RowSink) -> None:
     """Copy rows [start, end) of a chunk to their place."""
     numbers = covered(layers, spec)
     block = sink.block(numbers, start, end)

@@ -20,7 +20,7 @@ from kvloom_proto.codecs import LOSSY
 from kvloom_proto.errors import FormatError
 from kvloom_proto.records import (
     ChunkSpec,
-    LayerSpec,
+    Layers,
     Manifest,
     dtype_of,
     expand,
@@ -164,9 +164,7 @@ def _encoded(
     return swaps, unread
 
 
-def _quantized(
-    raw: Buffer, layers: Sequence[LayerSpec], spec: ChunkSpec, codec_name: str
-) -> tuple[ChunkSpec, bytes] | None:
+def _quantized(raw: Buffer, layers: Layers, spec: ChunkSpec, codec_name: str) -> tuple[ChunkSpec, bytes] | None:
     """A chunk as a lossy codec stores it, with the digest of what it decodes to; None if it cannot store these rows."""
     dtype = dtype_of(layers, spec)
     stored = quantized.encode(raw, dtype, codec_name)

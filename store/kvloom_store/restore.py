@@ -17,7 +17,7 @@ from kvloom_proto.errors import ChecksumMismatch, FormatError
 from kvloom_proto.records import (
     ChunkSpec,
     LayerKind,
-    LayerSpec,
+    Layers,
     covered,
     dtype_of,
     expand,
@@ -137,9 +137,7 @@ def load_keyframe(conn: sa.Connection, links: Sequence[Link], keyframe: Keyframe
     return frame, total
 
 
-def checked_raw(
-    values: Mapping[str, Any], layers: Sequence[LayerSpec], segment_id: int, spec: ChunkSpec
-) -> codec.Buffer:
+def checked_raw(values: Mapping[str, Any], layers: Layers, segment_id: int, spec: ChunkSpec) -> codec.Buffer:
     """The raw bytes of a chunk's row, if it is what was written. Raises FormatError, ChecksumMismatch among them."""
     raw = raw_of(values["blob"], layers, segment_id, spec)
     row = {**values, "blob": spec.stored_digest}
@@ -150,7 +148,7 @@ def checked_raw(
     return raw
 
 
-def raw_of(stored: object, layers: Sequence[LayerSpec], segment_id: int, spec: ChunkSpec) -> codec.Buffer:
+def raw_of(stored: object, layers: Layers, segment_id: int, spec: ChunkSpec) -> codec.Buffer:
     """The raw bytes of a chunk, if its blob is what the manifest says. Raises FormatError (ChecksumMismatch)."""
     found = digest(stored) if isinstance(stored, bytes) else b""
     if not isinstance(stored, bytes) or found != spec.stored_digest:

@@ -21,6 +21,7 @@ from kvloom_proto.records import (
     STORED_BY_ROW,
     ChunkSpec,
     LayerKind,
+    Layers,
     LayerSpec,
     Manifest,
     Provenance,
@@ -114,7 +115,7 @@ def cut(layers: tuple[LayerSpec, ...], start: int, end: int, keyframes: Sequence
         yield from _runs(expanded, LayerKind.KEYFRAME, position, 0)
 
 
-def _runs(layers: Sequence[LayerSpec], kind: LayerKind, position: int, tokens: int) -> Iterator[ChunkSpec]:
+def _runs(layers: Layers, kind: LayerKind, position: int, tokens: int) -> Iterator[ChunkSpec]:
     run: list[int] = []
     size = 0
     for number in [*(n for n, spec in enumerate(layers) if spec.kind == kind), None]:
@@ -133,7 +134,7 @@ def _bytes_of(spec: LayerSpec, position: int, tokens: int) -> int:
     return spec.row_bytes * rows
 
 
-def gather(source: Captured, layers: Sequence[LayerSpec], spec: ChunkSpec) -> bytes:
+def gather(source: Captured, layers: Layers, spec: ChunkSpec) -> bytes:
     """The raw bytes of a chunk: layer after layer, tensor after tensor, each contiguous."""
     numbers = covered(layers, spec)
     if spec.kind == LayerKind.KEYFRAME:
@@ -214,7 +215,7 @@ def plan(source: Captured, draft: Draft) -> list[ChunkSpec]:
     ]
 
 
-def encoded(raw: Buffer, layers: Sequence[LayerSpec], spec: ChunkSpec, codec_name: str) -> tuple[ChunkSpec, bytes]:
+def encoded(raw: Buffer, layers: Layers, spec: ChunkSpec, codec_name: str) -> tuple[ChunkSpec, bytes]:
     """A chunk as it is stored: its spec, and its bytes."""
     name, stored = codec.encode(raw, item_bytes(layers, spec), codec_name)
     return replace(spec, codec=name, stored_length=len(stored), stored_digest=digest(stored)), stored
@@ -234,7 +235,7 @@ def chunk_row(segment_id: int, spec: ChunkSpec, stored: bytes) -> dict[str, Any]
     return {**row, "blob": stored, "checksum": checksum.row_checksum(chunk, row)}
 
 
-def item_bytes(layers: Sequence[LayerSpec], spec: ChunkSpec) -> int:
+def item_bytes(layers: Layers, spec: ChunkSpec) -> int:
     """Bytes of one element of a chunk."""
     sizes = {ITEM_BYTES[tensor.dtype] for number in covered(layers, spec) for tensor in layers[number].tensors}
     return sizes.pop() if len(sizes) == 1 else 1  # mixed element sizes: one plane

@@ -346,7 +346,7 @@ def test_layers_share_a_chunk_up_to_its_size_and_no_further() -> None:
 def test_a_chunk_holds_the_layers_of_one_kind_whatever_lies_between() -> None:
     mixed = (replace(PLAIN[0], count=1), LayerSpec(1, 2, LayerKind.EMPTY, ()), replace(PLAIN[0], index=3, count=2))
     chunks = list(segments.cut(mixed, 0, 5))
-    assert [(s.layer, s.layers, covered(expand(mixed), s)) for s in chunks] == [(0, 5, [0, 3, 4])]
+    assert [(s.layer, s.layers, covered(expand(mixed), s)) for s in chunks] == [(0, 5, (0, 3, 4))]
 
 
 # Damage

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
 from kvloom_proto.errors import FormatError
-from kvloom_proto.records import ChunkSpec, LayerSpec, Manifest, expand, read_manifest
+from kvloom_proto.records import ChunkSpec, Layers, Manifest, expand, read_manifest
 from kvloom_store import fulltext, restore, scan, sqlite
 from kvloom_store.checksum import checked
 from kvloom_store.errors import CorruptRow
@@ -136,7 +136,7 @@ def chunks(reader: Reader, *, blobs: bool, progress: Progress | None) -> Iterato
             progress(told, max(total, told))
 
 
-_Found = tuple[ChunkSpec, Sequence[LayerSpec]] | None
+_Found = tuple[ChunkSpec, Layers] | None
 
 
 def _chunk(reader: Reader, values: dict[str, Any], found: _Found, blobs: bool) -> Finding | None:
@@ -170,7 +170,7 @@ class _Manifests:
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
         self._kept: OrderedDict[Any, dict[Any, ChunkSpec]] = OrderedDict()
-        self._layers: dict[Any, Sequence[LayerSpec]] = {}
+        self._layers: dict[Any, Layers] = {}
 
     def spec_of(self, values: dict[str, Any]) -> _Found:
         """What the manifest says of a chunk, and the layers of its segment; None if no sound manifest has it."""
@@ -179,7 +179,7 @@ class _Manifests:
             manifest = manifest_of(self._reader, row)
             chunks = manifest.chunks if manifest is not None else ()
             self._kept[row] = {(int(spec.kind), spec.layer, spec.position): spec for spec in chunks}
-            self._layers[row] = expand(manifest.layers) if manifest is not None else []
+            self._layers[row] = expand(manifest.layers) if manifest is not None else Layers()
             if len(self._kept) > self.KEPT:
                 self._layers.pop(self._kept.popitem(last=False)[0])
         spec = self._kept[row].get((values["kind"], values["layer"], values["position"]))
