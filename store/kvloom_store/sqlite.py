@@ -163,8 +163,23 @@ def integrity(conn: sa.Connection, *, quick: bool) -> Iterator[str]:
         for line in conn.exec_driver_sql("PRAGMA quick_check" if quick else "PRAGMA integrity_check").scalars():
             if line != "ok":
                 yield str(line)
+        if not quick:
+            yield from _unreadable_indexes(conn)
     except DBAPIError as error:
         yield str(error.orig)
+
+
+def _unreadable_indexes(conn: sa.Connection) -> Iterator[str]:
+    """Indexes that SQLite cannot read: an entry that is longer than it says passes its own check."""
+    query = "SELECT name, tbl_name, coalesce(sql, '') FROM sqlite_master WHERE type = 'index'"
+    for name, table, sql in conn.exec_driver_sql(query).all():
+        columns = [column for _, _, column in conn.exec_driver_sql(f'PRAGMA index_info("{name}")')]
+        read = ", ".join(f'total(length("{column}"))' for column in ["rowid", *columns])
+        _, where, condition = str(sql).partition(" WHERE ")
+        try:
+            conn.exec_driver_sql(f'SELECT {read} FROM "{table}" INDEXED BY "{name}"{where}{condition}').all()
+        except DBAPIError as error:
+            yield f"an entry in index {name} cannot be read: {error.orig}"
 
 
 def tree_names(conn: sa.Connection) -> dict[int, tuple[str, str]]:

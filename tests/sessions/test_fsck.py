@@ -571,3 +571,21 @@ def test_a_damaged_index_of_sqlites_own_is_made_anew(path: Path) -> None:
     assert checked(path).of(Kind.SQL_INDEX)
     report, _ = repaired(path)
     assert report.findings == ()
+
+
+def test_an_index_that_sqlite_takes_for_sound_and_cannot_read_is_made_anew(path: Path) -> None:
+    raw = sqlite3.connect(path)
+    [(page,)] = raw.execute("SELECT rootpage FROM sqlite_master WHERE name = 'ix_turn_session'")
+    [(size,)] = raw.execute("PRAGMA page_size")
+    raw.close()
+    data = bytearray(path.read_bytes())
+    entry = bytes([3, 3, 9, 9])  # a header of three bytes: session 1 and turn 1, both constants
+    assert data[page * size - len(entry) : page * size] == entry
+    data[page * size - len(entry) + 1] = 2  # of two bytes: so there is no turn in it
+    path.write_bytes(data)
+    raw = sqlite3.connect(path)
+    assert raw.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    raw.close()
+    assert "ix_turn_session" in checked(path).of(Kind.SQL_INDEX)[0].words
+    report, _ = repaired(path)
+    assert report.findings == ()
