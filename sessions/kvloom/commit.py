@@ -13,6 +13,7 @@ from kvloom.steps import NewTurn
 from kvloom_proto.scores import pack_scores
 from kvloom_store import refs, segments, trie, turns
 from kvloom_store.errors import RemovedMeanwhile
+from kvloom_store.refs import NO_ROW
 from kvloom_store.refs import Branch as BranchRow
 from kvloom_store.turns import Turn, TurnState
 from kvloom_store.writer import Handle
@@ -109,6 +110,12 @@ class Commits:
         """The branch, as it stands after the last turn."""
         assert not isinstance(self._branch, NewBranch)
         return self._branch
+
+    @property
+    def place(self) -> BranchRow:
+        """The branch that the next turn goes to; of one that is yet to be made, the name, and no row."""
+        there = self._branch
+        return BranchRow(NO_ROW, there.session, there.name, None) if isinstance(there, NewBranch) else there
 
     def add(
         self,

@@ -27,11 +27,12 @@ rarely, but at least every EVERY_S."""
 
 
 class Journal:
-    """What a run notes of its reply. Where the store is busy or full the reply goes on, and it is tried again."""
+    """What a run notes of its reply, or of several that grow together. Where the store is busy or full they go on, and
+    it is tried again."""
 
-    def __init__(self, loom: KVLoom) -> None:
+    def __init__(self, loom: KVLoom, replies: int = 1) -> None:
         self._loom = loom
-        self._run = secrets.token_bytes(16)
+        self._runs = [secrets.token_bytes(16) for _ in range(replies)]
         self._noted = 0
         self._is_there = False
         self._provenance: int | None = None
@@ -39,22 +40,24 @@ class Journal:
         self._took = 0.0
 
     def is_due(self, tokens: int) -> bool:
-        """Whether a reply of so many tokens should be noted now."""
+        """Whether a reply of so many tokens (the longest, of several) should be noted now."""
         if tokens == self._noted:
             return False
         since = time.perf_counter() - self._last
         return since >= EVERY_S or (tokens - self._noted >= EVERY_TOKENS and since * SHARE >= self._took)
 
-    def note(self, commits: Commits, addition: Addition) -> None:
-        """Note a reply as the turn it would be if it ended now."""
-        began = time.perf_counter()
+    def note(self, *replies: tuple[Commits, Addition]) -> None:
+        """Note each reply, always in the same order, as the turn it would be if it ended now."""
+        began, tokens = time.perf_counter(), 0
         try:
             with self._loom.database.write(wait=False) as conn:
-                reply = self._unfinished(conn, commits, addition)
-                journal.note(conn, self._run, reply, first=not self._is_there)
+                for run, (commits, addition) in zip(self._runs, replies, strict=True):
+                    reply = self._unfinished(conn, commits, addition)
+                    journal.note(conn, run, reply, first=not self._is_there)
+                    tokens = max(tokens, len(reply.tokens))
         except StoreError:
             return
-        self._is_there, self._noted = True, len(reply.tokens)
+        self._is_there, self._noted = True, tokens
         self._last = time.perf_counter()
         self._took = self._last - began
 
@@ -68,12 +71,13 @@ class Journal:
             self._provenance = segments.add_provenance(conn, self._loom.engine.provenance())
         base = held.chain[-1].handle if held.chain else None
         return journal.Unfinished(
-            branch=commits.branch,
+            branch=commits.place,
             turn=addition.parent.row,
             tip=addition.tip.row,
             root=self._loom.root,
             tokens=list(addition.ids[addition.start :]),
             text=new.message["content"],
+            finish_reason=new.finish_reason or journal.INTERRUPTED,
             continues=new.continues,
             settings=new.settings,
             timings=new.timings,
@@ -88,10 +92,12 @@ class Journal:
         )
 
     def ended(self, conn: sa.Connection, _turns: object) -> None:
-        """The reply's turn is being added: what was noted of it goes, in the same transaction."""
+        """The replies' turns are being added: what was noted of them goes, in the same transaction."""
         if self._is_there:
-            journal.remove(conn, self._run)
+            for run in self._runs:
+                journal.remove(conn, run)
 
     def over(self) -> None:
         """The run is over; what is still noted (the turn could not be added) may be taken up."""
-        journal.over(self._run)
+        for run in self._runs:
+            journal.over(run)

@@ -175,7 +175,7 @@ class Run:
                     shown = "".join([*pieces, stream.copy().finish()])
                     counts = {"tokens": self._counts(account, len(tokens))}
                     new = self._reply_turn(shown, INTERRUPTED, stream, counts, scores)
-                    journal.note(self._commits, self._as_it_is(new, turn, state, tokens, live, passes, started))
+                    journal.note((self._commits, self._as_it_is(new, turn, state, tokens, live, passes, started)))
                 if piece:
                     yield piece
                 if token in self._engine.eos_ids or stream.stopped is not None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvloom.commit import Addition, Commits, Held, NewBranch, commit_all
 from kvloom.growing import Growing, Told, grow, grow_alone
+from kvloom.journal import Journal
 from kvloom.passes import joined
 from kvloom.reading import Account
 from kvloom.report import Reply, Seconds, Tokens
@@ -121,11 +122,17 @@ class SampleRun(Run):
     ) -> None:
         room = max(path.budget for path in paths)
         siblings = Siblings(self._engine, live, live.length, [0] * len(paths), room)
+        journal = Journal(self._loom, len(paths))
+
+        def step(chosen: int) -> None:
+            self._note(journal, paths, [path.state(live.chain, live.layers) for path in paths], turn, state)
+            self._tell(chosen)
+
         try:
-            grow(siblings, paths, logits.expand(len(paths), -1), cancel=self._options.cancel, told=self._told_steps)
+            grow(siblings, paths, logits.expand(len(paths), -1), cancel=self._options.cancel, told=step)
         finally:
             said = [path for path in paths if path.tokens]
-            self._commit(said, [path.state(live.chain, live.layers) for path in said], turn, state)
+            self._commit(said, [path.state(live.chain, live.layers) for path in said], turn, state, journal)
 
     def _one_by_one(
         self, paths: list[Growing], live: LiveState, logits: torch.Tensor, turn: Turn | None, state: TurnState | None
@@ -135,24 +142,65 @@ class SampleRun(Run):
                 live, _ = self._loom.resumer.resume(self._ids, state, room=path.budget, cancel=self._options.cancel)
                 assert live.hidden is not None
                 path.hidden, logits = live.hidden, self._engine.logits_of(live.hidden)
-            try:
-                grow_alone(self._engine, live, path, logits, cancel=self._options.cancel, told=self._told_steps)
-            finally:
-                if path.tokens:
-                    self._commit([path], [live], turn, state)
+            self._alone(path, live, logits, turn, state)
             if path.reason == "interrupted":
                 return
 
-    def _commit(
-        self, paths: Sequence[Growing], states: Sequence[Held], turn: Turn | None, state: TurnState | None
+    def _alone(
+        self, path: Growing, live: LiveState, logits: torch.Tensor, turn: Turn | None, state: TurnState | None
     ) -> None:
+        journal = Journal(self._loom)
+
+        def step(chosen: int) -> None:
+            self._note(journal, [path], [live], turn, state)
+            self._tell(chosen)
+
+        try:
+            grow_alone(self._engine, live, path, logits, cancel=self._options.cancel, told=step)
+        finally:
+            if path.tokens:
+                self._commit([path], [live], turn, state, journal)
+
+    def _tell(self, chosen: int) -> None:
+        if self._told_steps is not None:
+            self._told_steps(chosen)
+
+    def _note(
+        self,
+        journal: Journal,
+        paths: Sequence[Growing],
+        states: Sequence[Held],
+        turn: Turn | None,
+        state: TurnState | None,
+    ) -> None:
+        if journal.is_due(max(len(path.tokens) for path in paths)):
+            journal.note(*self._additions([path.copy() for path in paths], states, turn, state))
+
+    def _additions(
+        self, paths: Sequence[Growing], states: Sequence[Held], turn: Turn | None, state: TurnState | None
+    ) -> list[tuple[Commits, Addition]]:
+        """What is added of these paths, each on a branch of its own."""
         there = self._commits.branch
         name = NewBranch(there.session, there.name)
-        additions = [
+        return [
             (Commits(self._loom, name), self._addition(path, held, turn, state))
             for path, held in zip(paths, states, strict=True)
         ]
-        made = commit_all(self._loom, additions)
+
+    def _commit(
+        self,
+        paths: Sequence[Growing],
+        states: Sequence[Held],
+        turn: Turn | None,
+        state: TurnState | None,
+        journal: Journal | None = None,
+    ) -> None:
+        additions = self._additions(paths, states, turn, state)
+        try:
+            made = commit_all(self._loom, additions, journal.ended if journal is not None else None)
+        finally:
+            if journal is not None:
+                journal.over()
         for path, (commits, _), (added, _) in zip(paths, additions, made, strict=True):
             told = self._told(path, commits, added)
             self.samples.append(Sample(told, path.logprob, len(path.tokens), self._score(path)))

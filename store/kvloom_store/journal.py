@@ -31,6 +31,9 @@ ELSEWHERE_US = 600_000_000
 INTERRUPTED = "interrupted"
 """The finish reason of a reply that was stopped before it had ended."""
 
+ENDED = "ended"
+"""Among the timings in a row: the finish reason. It is not one of the turn's."""
+
 _running: set[bytes] = set()
 """The runs of this process that are still going on."""
 
@@ -40,6 +43,8 @@ class Unfinished:
     """What there is of a reply: ``tokens`` behind the path of the state ``tip``, which is the turn's it replies to.
 
     Their state was computed by ``schedule`` over [state_start, state_end), on the base that a turn state would name.
+    ``branch`` has no row (``refs.NO_ROW``) where the reply gets a branch of its own. Of several that grow together one
+    may have ended before the others: ``finish_reason`` says how.
     """
 
     branch: Branch
@@ -48,6 +53,7 @@ class Unfinished:
     root: int
     tokens: list[int]
     text: str
+    finish_reason: str
     continues: bool
     settings: Mapping[str, Any]
     timings: Mapping[str, Any]
@@ -85,7 +91,7 @@ def note(conn: sa.Connection, run: bytes, reply: Unfinished, *, first: bool) -> 
         "text": reply.text,
         "continues": int(reply.continues),
         "settings": msgpack.packb(dict(reply.settings)),
-        "timings": msgpack.packb(dict(reply.timings)),
+        "timings": msgpack.packb({**reply.timings, ENDED: reply.finish_reason}),
         "scores": reply.scores,
         "state_start": reply.state_start,
         "state_end": reply.state_end,
@@ -149,6 +155,7 @@ def _recovered(conn: sa.Connection, run: bytes) -> Kept | None:
     try:
         values = checked(journal, found, run=run)
         settings, timings = (unpacked(values[name], "journal", run) for name in ("settings", "timings"))
+        reason = timings.pop(ENDED, INTERRUPTED)
         schedule = read_schedule(values["schedule"])
         is_there = _there(conn, turn, values["turn"]) and _there(conn, turn_state, values["tip"])
         parent = turns.get(conn, values["turn"]) if is_there else None
@@ -167,7 +174,7 @@ def _recovered(conn: sa.Connection, run: bytes) -> Kept | None:
         parent,
         message,
         continues=bool(values["continues"]),
-        finish_reason=INTERRUPTED,
+        finish_reason=reason if isinstance(reason, str) else INTERRUPTED,
         settings=settings,
         timings=timings,
     )

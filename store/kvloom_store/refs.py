@@ -34,6 +34,10 @@ class SessionRow:
     updated: int
 
 
+NO_ROW = 0
+"""Of a branch that is yet to be made."""
+
+
 @dataclass(frozen=True, slots=True)
 class Branch:
     """A movable pointer to a turn (None: nothing was said yet)."""

@@ -70,6 +70,20 @@ def said(path: Path, kind: str, dies_at: int | None = None) -> Branch:
     return branch
 
 
+def sampled(path: Path, kind: str, dies_at: int | None = None) -> Branch:
+    """Three replies sampled at once, and the process killed, if it is to be, when so many tokens of all have come."""
+    branch = KVLoom(path, model=engine(kind)).session("talk", system="You are brief.").branch()
+    seen: list[int] = []
+
+    def told(tokens: int) -> None:
+        seen.extend([0] * tokens)
+        if dies_at is not None and len(seen) >= dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    branch.sampling(FIRST, n=3, told=told, **HOW).finished()
+    return branch
+
+
 def tokens_of(branch: Branch) -> Any:
     """A run, looked at after every token: pieces of text may have several, or none."""
     run = branch.stream(FIRST, **HOW)
@@ -89,8 +103,8 @@ def tokens_of(branch: Branch) -> Any:
         del branch._loom.engine.generate
 
 
-def killed(path: Path, kind: str = "llama", after: int = 27) -> None:
-    done = forked.run([__file__, path, kind, after], env=harness.environment())
+def killed(path: Path, kind: str = "llama", after: int = 27, what: str = "said") -> None:
+    done = forked.run([__file__, path, kind, after, what], env=harness.environment())
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
 
 
@@ -146,6 +160,52 @@ def test_a_killed_reply_is_kept_and_goes_on_with_the_bits_it_would_have_had(tmp_
         loom.flush()
         with loom.database.read() as conn:
             whole.check(conn)
+
+
+@pytest.mark.parametrize(("kind", "after", "lost"), [("llama", 75, 3), ("jamba", 60, 1)])
+def test_of_replies_that_were_sampled_and_killed_each_is_kept_on_a_branch_of_its_own(
+    tmp_path: Path, kind: str, after: int, lost: int
+) -> None:
+    """Paths of a model with recurrent state grow one after another: there the first was whole, the last not begun."""
+    whole_run = sampled(tmp_path / "whole.db", kind)
+    loom = whole_run._loom
+    names = [branch.name for branch in loom.find("talk").branches()]
+    expected = [state.tokens for state in (last_state(loom, f"talk@{name}") for name in names) if state is not None]
+    assert journalled(loom) == 0
+    loom.close()
+
+    killed(tmp_path / "killed.db", kind, after, "sampled")
+    with KVLoom(tmp_path / "killed.db", model=engine(kind)) as loom:
+        assert len(loom.kept) == lost
+        assert journalled(loom) == 0
+        for kept in loom.kept:
+            branch = loom.find("talk").branch(kept.branch)
+            assert [turn.role for turn in branch.log()[-2:]] == ["user", "assistant"]
+            found = last_state(loom, f"talk@{kept.branch}")
+            assert 16 <= len(found.tokens) <= 25
+            assert any(tokens[: len(found.tokens)] == found.tokens for tokens in expected)
+            reply = branch.continue_reply(max_tokens=2).reply
+            assert reply.tokens.replayed > 0
+        loom.flush()
+        with loom.database.read() as conn:
+            whole.check(conn)
+
+
+def test_of_replies_that_grow_together_one_that_had_ended_is_kept_as_ended(tmp_path: Path) -> None:
+    with KVLoom(tmp_path / "kvloom.db", model=engine("llama")) as loom:
+        branch = loom.session("talk").branch()
+        replies = branch.sample(FIRST, n=3, max_tokens=30, temperature=1.0, seed=11)
+        shortest = min(replies, key=lambda each: each.reply.text)
+        stop = shortest.reply.text[3:5]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kvloom.journal.Journal, "ended", lambda *_: None)  # the rows stay, as after a kill
+            again = branch.sample(n=3, max_tokens=30, temperature=1.0, seed=11, stop=[stop])
+        seen = sorted(each.reply.finish_reason for each in again)
+        assert "stop" in seen
+    with KVLoom(tmp_path / "kvloom.db", model=engine("llama")) as loom:
+        kept = [loom.find("talk").branch(each.branch).log()[-1].finish_reason for each in loom.kept]
+        assert len(kept) == 3
+        assert "stop" in kept
 
 
 def test_looking_at_the_store_is_enough_and_says_so(path: Path, kvloom: Command) -> None:
@@ -269,4 +329,4 @@ def test_a_process_is_known_by_its_number_and_its_start() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     kvloom.journal.SHARE = float("inf")
-    said(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    {"said": said, "sampled": sampled}[sys.argv[4]](Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
