@@ -38,7 +38,7 @@ lint: $(INSTALLED) ## ruff, its format check, and mypy --strict on the three pac
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy --strict $(PACKAGES)
 
-bench: $(INSTALLED) ## the measurements that the documentation quotes: 25 minutes; QUICK=1: 3; ARGS="first_token restore": some
+bench: $(INSTALLED) ## the measurements that the documentation quotes: 40 minutes; QUICK=1: 3; ARGS="first_token restore": some
 	$(PY) -m benchmarks $(ARGS)
 
 # PyPI has no wheel of it. Built for this machine's processor, as whoever is compared with deserves.

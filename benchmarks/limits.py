@@ -12,8 +12,8 @@ from benchmarks.processes import counted
 BLOCK = 4 << 20
 """Bytes that are read and hashed at a time, as much as a chunk has."""
 
-ROOM = 1024
-"""Tokens that a buffer is larger than the state, as where it is read for the next turn."""
+ROOM = 256
+"""Tokens that a buffer is larger than the state, as where it is read for the next turn (``live.CAPACITY_STEP``)."""
 
 BESIDE = "memory copy"
 """The one that is no stage of a restore: it copies into memory that has been touched."""

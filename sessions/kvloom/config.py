@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvloom.errors import SessionError
-from kvloom_proto.codecs import SETTINGS
+from kvloom_proto.codecs import AUTO, SETTINGS
 
-DEFAULTS = {"model": "smollm2", "dtype": "auto", "device": "cpu", "codec": "raw", "keyframe_spacing": "256"}
+DEFAULTS = {"model": "smollm2", "dtype": "auto", "device": "cpu", "codec": AUTO, "keyframe_spacing": "256"}
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
     "device": ("auto", "cpu", "cuda", "mps"),

@@ -69,7 +69,7 @@ def test_resumed_with_other_settings_it_says_which(searched: Command) -> None:
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [(["--score", "best"], "no score"), (["--depth", "0"], "depth"), (["--max-tokens", "3"], "--step-tokens")],
+    [(["--score", "best"], "no score"), (["--depth", "0"], "depth"), (["--max-tokens", "3"], "--max-tokens")],
 )
 def test_what_makes_no_sense_is_refused_before_anything_is_made(
     kvloom: Command, store_path: Path, options: list[str], says: str

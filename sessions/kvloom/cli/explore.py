@@ -9,7 +9,7 @@ import click
 
 from kvloom.cli.common import Options, parse, ref_argument, shared
 from kvloom.cli.opening import model_options, new_session_options, talking
-from kvloom.cli.talk import interruptible, read_text, sampling, sampling_options
+from kvloom.cli.talk import choosing_options, interruptible, read_text, sampling
 from kvloom.cli.terminal import dim, print_json, warn
 from kvloom.shown import clean, preview, seconds
 
@@ -55,7 +55,7 @@ SETTINGS = (
 @click.option("--prune", is_flag=True, help="Afterwards delete the branches that do not lead to the best path.")
 @new_session_options
 @model_options
-@sampling_options
+@choosing_options
 def explore(options: Options, ref: str, prompt: str | None, **values: Any) -> None:
     """Search continuations of REF: the replies to its last message, or what could follow a stopped reply.
 
@@ -106,8 +106,6 @@ def _settings(values: dict[str, Any]) -> dict[str, Any]:
     """The settings that were given, taken out of a command's options and checked before anything is opened."""
     from kvloom.explore.plan import ExploreSettings
 
-    if values["max_tokens"] is not None:
-        raise click.UsageError("--max-tokens is for one reply: give --step-tokens and --depth")
     given = {name: values.pop(name) for name in SETTINGS}
     given = {name: value for name, value in given.items() if value not in (None, ())}
     ExploreSettings(**given)

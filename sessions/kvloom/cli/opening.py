@@ -38,7 +38,9 @@ def model_options(command: F) -> F:
         callback=remember,
         help="Where it runs (default: your config).",
     )(command)
-    command = click.option("--dtype", type=dtypes, help="Precision (default: the session's own, else auto).")(command)
+    command = click.option("--dtype", type=dtypes, help="Precision (default: the session's own, else your config).")(
+        command
+    )
     return click.option(
         "--model",
         metavar="NAME",
@@ -231,7 +233,7 @@ def open_loom(
     ``check``: refuse now if the model is not here, before a store is made; one should leave nothing behind then.
     """
     from kvloom import config
-    from kvloom.loom import DEFAULT_CODEC, KVLoom
+    from kvloom.loom import KVLoom
     from kvloom.models import resolve
 
     chosen = config.load()
@@ -245,7 +247,7 @@ def open_loom(
         model=name,
         dtype=own or dtype or (known or {}).get("dtype") or chosen.dtype,
         device=options.device or chosen.device,
-        codec=chosen.codec or DEFAULT_CODEC,
+        codec=chosen.codec,
         keyframe_spacing=int(chosen.keyframe_spacing),
         must_exist=must_exist,
         progress=progress,

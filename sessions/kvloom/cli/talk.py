@@ -25,12 +25,20 @@ STOP_HELP = 'End before this text (can be repeated; default: none, or "\\nUser:"
 
 
 def sampling_options(command: F) -> F:
+    """How long a reply may get, and how its tokens are chosen."""
+    longest = click.option("--max-tokens", type=int, metavar="N", help="End the reply after N tokens (default 512).")
+    return longest(choosing_options(command))
+
+
+def choosing_options(command: F) -> F:
     """How to choose the tokens of a reply."""
     for option in reversed(
         [
-            click.option("--max-tokens", type=int, metavar="N", help="End the reply after N tokens (default 512)."),
             click.option(
-                "--temperature", type=float, metavar="T", help="0: always the likeliest token (default; of sample 1)."
+                "--temperature",
+                type=float,
+                metavar="T",
+                help="0: always the likeliest token (default; of sample and explore 1).",
             ),
             click.option("--top-k", type=int, metavar="K", help="Choose among the K likeliest tokens."),
             click.option("--top-p", type=float, metavar="P", help="Choose among those that make up P of the whole."),
@@ -58,7 +66,7 @@ def sampling(values: dict[str, Any]) -> dict[str, Any]:
 
     from kvloom.sampling import SamplingSettings
 
-    given = {field.name: values.pop(field.name) for field in fields(SamplingSettings)}
+    given = {field.name: values.pop(field.name, None) for field in fields(SamplingSettings)}
     given = {name: value for name, value in given.items() if value not in (None, ())}
     SamplingSettings.from_plain(given)
     return given

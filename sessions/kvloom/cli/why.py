@@ -87,13 +87,13 @@ def _options(text: str | None) -> dict[str, Any] | None:
 
     if text is None:
         return None
-    hint = "kvloom why --help shows an example"
+    hint = 'for example {"enable_thinking": false}'
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InvalidText(f"the template's options are not valid JSON: {error}", hint=hint) from error
     if not isinstance(found, dict):
-        raise InvalidText("the template's options are no JSON object", hint='for example {"enable_thinking": false}')
+        raise InvalidText("the template's options are no JSON object", hint=hint)
     return found
 
 
