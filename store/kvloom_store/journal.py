@@ -124,14 +124,15 @@ def over(run: bytes) -> None:
 def recover(database: Database) -> list[Kept]:
     """Make interrupted turns of replies whose processes are dead; those of living ones are left alone.
 
-    Nobody is waited for: where somebody else is writing, or nothing can be written, it is left for the next time.
+    Nobody is waited for: where somebody else is writing, or nothing can be written, it is left for the next time; and
+    where the rows cannot be read, for a check (which opens the store, too).
     """
     if database.read_only:
         return []
-    with database.read() as conn:
+    dead, found = [], []
+    with contextlib.suppress(StoreError), database.read() as conn:
         columns = (journal.c.run, journal.c.owner, journal.c.updated)
         dead = [row.run for row in conn.execute(sa.select(*columns)) if not _lives(row)]
-    found = []
     for run in dead:
         with contextlib.suppress(StoreError), database.write(wait=False) as conn:
             found.append(_recovered(conn, run))
@@ -144,7 +145,9 @@ def _lives(row: Any) -> bool:
     seen = owner.lives(str(row.owner))
     if seen and str(row.owner) == owner.this_process():
         return False  # a run of this very process, which is over
-    return seen if seen is not None else row.updated > now_us() - ELSEWHERE_US
+    if seen is None and isinstance(row.updated, int):
+        return row.updated > now_us() - ELSEWHERE_US
+    return bool(seen)
 
 
 def _recovered(conn: sa.Connection, run: bytes) -> Kept | None:

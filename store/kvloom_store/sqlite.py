@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sqlite3
 import stat
@@ -89,6 +90,7 @@ def make_engine(path: Path, *, read_only: bool, synchronous: str, busy_ms: int) 
     @event.listens_for(engine, "connect")
     def configure(connection: Any, _record: object) -> None:
         connection.isolation_level = None  # we say BEGIN ourselves: pysqlite's own is deferred and late
+        connection.text_factory = _text
         pragmas = [f"mmap_size={MMAP_BYTES}", "foreign_keys=ON", "trusted_schema=OFF", "cell_size_check=ON"]
         if not read_only:
             # Before the log: that writes the first page, which says whether a file can be made smaller. Only then: of a
@@ -111,6 +113,10 @@ def make_engine(path: Path, *, read_only: bool, synchronous: str, busy_ms: int) 
             connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
     return engine
+
+
+_text = functools.partial(str, encoding="utf-8", errors="replace")
+"""How text is read: damaged text, too, so that its row's checksum tells, and not an error of the driver's."""
 
 
 def _quoted(path: Path) -> str:

@@ -133,7 +133,10 @@ def _walk(conn: sa.Connection, root: int, packed: bytes, start_at: Position | No
                 path and (each["parent"], each["parent_offset"]) != (path[-1].node, path[-1].offset)
             ):
                 raise CorruptRow("node", (each["id"],))
-            path.append(Position(each["id"], _matched(each, packed), each["start"]))
+            agree = _matched(each, packed)
+            if path and not agree:  # the first token is what it was looked up by
+                raise CorruptRow("node", (each["id"],))
+            path.append(Position(each["id"], agree, each["start"]))
         # What goes on where the last edge ends was looked for; where the tokens leave it, a child may go on with them.
         at = _child(conn, root, path[-1], packed) if path[-1].offset < run[-1]["length"] else None
     return Match(path[-1], tuple(path))

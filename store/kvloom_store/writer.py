@@ -16,7 +16,7 @@ from kvloom_proto.errors import KVLoomError
 from kvloom_proto.records import LayerSpec, Schedule
 from kvloom_store import segments, turns
 from kvloom_store.database import Database
-from kvloom_store.errors import NoRoom, RemovedMeanwhile, StateDropped
+from kvloom_store.errors import NoRoom, RemovedMeanwhile, StateDropped, StoreError
 from kvloom_store.quota import Room
 from kvloom_store.rows import Captured
 
@@ -121,6 +121,9 @@ class Writer:
                 job.handle.error = error
                 if not isinstance(error, NoRoom | StateDropped):  # not a failure: it was told, or need not be
                     self._error = self._error or error
+            except Exception as error:  # a mistake in the code: were it to end the thread, a flush would wait for ever
+                job.handle.error = StoreError(f"state could not be stored: {type(error).__name__}: {error}")
+                self._error = self._error or job.handle.error
             finally:
                 del job  # the rows it held may be freed now
                 with self._changed:

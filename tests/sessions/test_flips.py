@@ -16,6 +16,7 @@ from tiny import tiny_model, tiny_tokenizer
 from torture import flips
 
 import kvloom
+import kvloom.journal
 from kvloom.errors import CorruptRow, RefExists, StoreError
 from kvloom_store import refs, roots
 
@@ -65,6 +66,70 @@ def test_a_damaged_name_in_the_list_of_tables_is_told_as_damage(store_path: Path
     flips.put(store_path, bytes(data))
     with pytest.raises(StoreError, match="damaged"):
         kvloom.open(store_path)
+
+
+def _run(path: Path, statement: str, *values: object) -> None:
+    raw = sqlite3.connect(path)
+    raw.execute(statement, values)
+    raw.commit()
+    raw.close()
+
+
+def test_a_name_that_is_no_text_any_more_is_told_and_keeps_nobody_from_going_on(store_path: Path) -> None:
+    with kvloom.open(store_path) as loom, loom.database.write() as conn:
+        refs.create_session(conn, "trip", {})
+    _run(store_path, "UPDATE session SET name = CAST(? AS TEXT)", b"\xf4rip locked")
+    with kvloom.open(store_path) as loom:
+        with loom.database.write() as conn:
+            refs.create_session(conn, "work", {})
+        with pytest.raises(CorruptRow, match="session"):
+            loom.sessions()
+        assert [each.table for each in loom.fsck().findings] == ["session"]
+
+
+@pytest.mark.parametrize(("column", "value"), [("owner", b"\xff 1 2"), ("updated", b"x"), ("run", None)])
+def test_a_damaged_note_of_a_reply_keeps_no_store_from_being_opened(
+    store_path: Path, engine: kvloom.TransformersEngine, column: str, value: bytes | None
+) -> None:
+    with kvloom.open(store_path, model=engine) as loom:
+        reply = iter(loom.session("talk").branch().stream("who was there?", max_tokens=30))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kvloom.journal, "SHARE", float("inf"))
+            patch.setattr(kvloom.journal.Journal, "ended", lambda *_: None)  # as if it had been killed
+            list(reply)
+    _run(store_path, "UPDATE journal SET owner = 'elsewhere 1 2'")
+    if value is None:  # a page that cannot be read
+        raw = sqlite3.connect(store_path)
+        [(page,)] = raw.execute("SELECT rootpage FROM sqlite_master WHERE name = 'journal'")
+        [(size,)] = raw.execute("PRAGMA page_size")
+        raw.close()
+        data = bytearray(store_path.read_bytes())
+        data[(page - 1) * size : (page - 1) * size + 8] = b"\xff" * 8
+        flips.put(store_path, bytes(data))
+    else:
+        _run(store_path, f"UPDATE journal SET {column} = CAST(? AS TEXT)", value)
+    with kvloom.open(store_path, model=engine) as loom:
+        assert loom.kept == []
+        assert loom.find("talk").branch().log()[-1].role == "assistant"
+        assert loom.fsck().findings
+
+
+def test_what_goes_wrong_in_the_thread_that_writes_is_told_and_nobody_waits_for_ever(
+    store_path: Path, engine: kvloom.TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with kvloom.open(store_path, model=engine) as loom:
+        branch = loom.session("talk").branch()
+
+        def broken(*_: object) -> None:
+            raise TypeError("a mistake")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loom.writer, "_store", broken)
+            branch.say("hello there", max_tokens=3)
+            with pytest.raises(StoreError, match="TypeError: a mistake"):
+                loom.flush()
+        loom.resumer.forget()
+        assert branch.say("and who?", max_tokens=3).tokens.replayed > 0
 
 
 def test_an_index_that_hides_a_model_and_its_trie_hides_no_state(

@@ -171,6 +171,22 @@ def test_a_damaged_node_is_found_when_it_is_read(store_path: Path):
     database.close()
 
 
+def test_an_index_that_leads_to_another_edge_is_told(store_path: Path, monkeypatch: pytest.MonkeyPatch):
+    database = Database(store_path)
+    root, other = two_roots(database)
+    with database.write() as conn:
+        trie.extend(conn, root, [1, 2, 3, 4])
+        left = [trie.extend(conn, root, [1, 2, 7]).node, trie.extend(conn, root, [1, 2, 8]).node]
+        elsewhere = trie.extend(conn, other, [1, 2, 7]).node
+    with database.read() as conn:
+        assert trie.match(conn, root, [1, 2, 7]).known == 3
+        for wrong in (left[1], elsewhere):
+            monkeypatch.setattr(trie, "_child", lambda *_, at=wrong: at)
+            with pytest.raises(CorruptRow):
+                trie.match(conn, root, [1, 2, 7])
+    database.close()
+
+
 @pytest.mark.parametrize("bad", [[-1], [1 << 32]])
 def test_a_token_id_out_of_range_is_refused(bad):
     with pytest.raises(LimitExceeded):
