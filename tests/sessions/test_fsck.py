@@ -556,6 +556,17 @@ def test_a_plan_changes_nothing_and_names_the_segments(path: Path) -> None:
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("cell", ["''", "x'0003'"])
+def test_a_chunk_that_names_no_segment_is_removed_and_the_one_it_was_of_computed_again(
+    path: Path, folder: Path, cell: str
+) -> None:
+    change(path, f"UPDATE chunk SET segment = {cell} WHERE segment = 2")
+    assert repairs.plan(checked(path)).segments == [2], "what the cell holds now is no segment's number"
+    report, _ = repaired(path)
+    assert report.findings == ()
+    assert going_on(path) == as_ever(folder)
+
+
 # Pages
 
 
