@@ -366,17 +366,29 @@ def network_filesystem(path: Path) -> str | None:
 
 
 @contextmanager
+def keeping_files(path: Path) -> Iterator[None]:
+    """Turn what the file system says of a store's files, where they are copied or made, into StoreUnavailable."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreUnavailable(
+            f"{path} could not be copied: {error.strerror or error}",
+            hint="free some disk space, or see that its folder can be written to; the store is as it was",
+        ) from error
+
+
+@contextmanager
 def translated(path: Path) -> Iterator[None]:
     """Turn the database library's exceptions into ours, with what to do about them."""
     try:
         yield
-    except SQLAlchemyError as error:
+    except (SQLAlchemyError, sqlite3.Error) as error:  # the driver's own where it is asked directly
         raise _translate(error, path) from error
     except UnicodeDecodeError as error:  # the driver's own, of a name or a message that is damaged
         raise StoreError(f"{path} is damaged: {error}", hint="restore it from a backup") from error
 
 
-def _translate(error: SQLAlchemyError, path: Path) -> StoreError:
+def _translate(error: SQLAlchemyError | sqlite3.Error, path: Path) -> StoreError:
     text = str(getattr(error, "orig", error)).lower()
     if "locked" in text or "busy" in text:
         return StoreLocked(f"{path} is locked by another process", hint="wait for it to finish, then try again")
@@ -403,8 +415,8 @@ def _translate(error: SQLAlchemyError, path: Path) -> StoreError:
             f"{path} could not be read or written: {text}",
             hint="check the disk (is it full, or gone?); everything acknowledged before is kept",
         )
-    if isinstance(error, DatabaseError) and "malformed" in text:
+    if isinstance(error, (DatabaseError, sqlite3.DatabaseError)) and "malformed" in text:
         return StoreError(f"{path} is damaged: {text}", hint="restore it from a backup")
-    if isinstance(error, OperationalError):
+    if isinstance(error, (OperationalError, sqlite3.OperationalError)):
         return StoreUnavailable(f"{path}: {text}", hint="check the path and its permissions")
     return StoreError(f"{path}: {text}")

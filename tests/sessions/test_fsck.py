@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import random
 import sqlite3
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ import pytest
 import torch
 from exact.worker import rows_of
 from tiny import tiny_model, tiny_tokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # where the measurements lie, as for ``python -m benchmarks``
+
+from benchmarks.synthetic import OPENINGS, Builder
 
 import kvloom
 from kvloom.errors import CorruptRow, RefNotFound
@@ -456,6 +461,24 @@ def test_what_a_damaged_branch_pointed_at_has_a_branch_again(path: Path, name: s
         assert then in [each.name for each in session.branches()]
 
 
+def test_a_conversation_that_is_longer_than_the_stack_is_deep_can_be_set_aside(tmp_path: Path) -> None:
+    path = tmp_path / "kvloom.db"
+    builder = Builder(path)
+    builder.session("long", (None, *range(599)), tokens=1)
+    builder.finish()
+    change(path, "UPDATE turn SET message = x'8182838485' WHERE id = 1")
+    done: list[str] = []
+    database = Database(path)
+    repairs.execute(database, repairs.plan(fsck.check(database)), told=done.append)
+    assert done[0] == "row 1 of turn was set aside, with 1198 that stood on it"  # 599 turns, and a state of each
+    kept = [msgpack.unpackb(cells)["id"] for _, of, cells, *_ in _dump(path, "quarantine") if of == "turn"]
+    assert kept == list(range(600, 0, -1)), "the tips first"
+    repairs.forget_state(database, OPENINGS + 1)  # of the first answer: that of all others stands on it
+    assert len(_dump(path, "segment")) == OPENINGS
+    assert [each.words for each in fsck.check(database).findings if each.severity != Severity.NOTE] == []
+    database.close()
+
+
 # Recomputing
 
 
@@ -531,6 +554,17 @@ def test_a_plan_changes_nothing_and_names_the_segments(path: Path) -> None:
     assert [step.action for step in planned.steps] == [Action.SET_ASIDE, Action.RECOMPUTE]
     assert planned.segments == [2]
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("cell", ["''", "x'0003'"])
+def test_a_chunk_that_names_no_segment_is_removed_and_the_one_it_was_of_computed_again(
+    path: Path, folder: Path, cell: str
+) -> None:
+    change(path, f"UPDATE chunk SET segment = {cell} WHERE segment = 2")
+    assert repairs.plan(checked(path)).segments == [2], "what the cell holds now is no segment's number"
+    report, _ = repaired(path)
+    assert report.findings == ()
+    assert going_on(path) == as_ever(folder)
 
 
 # Pages

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import stat
@@ -11,9 +12,11 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from kvloom_store import checksum, database, refs, schema
+from kvloom_store import checksum, database, fsck, gc, refs, schema, sqlite
 from kvloom_store.database import Database, allocate
-from kvloom_store.errors import CorruptRow, NotAStore, SchemaTooNew, StoreLocked, StoreUnavailable
+from kvloom_store.errors import CorruptRow, NotAStore, SchemaTooNew, StoreError, StoreLocked, StoreUnavailable
+from kvloom_store.fsck import repair
+from kvloom_store.fsck.rebuild import rebuild
 
 
 def test_a_new_store_is_private_to_the_user(store_path: Path):
@@ -228,3 +231,64 @@ def test_a_read_that_failed_half_way_leaves_nobody_in_the_past(store_path):
         assert names(one) == names(two) == ["a", "b", "c", "d"]
     held.clear()
     database.close()
+
+
+def test_a_map_of_pages_that_is_damaged_is_told_of_and_a_repair_lets_the_file_shrink_again(store_path: Path):
+    opened = Database(store_path)
+    with opened.write() as conn:
+        refs.create_session(conn, "talk", {})
+        conn.exec_driver_sql("CREATE TABLE large AS SELECT randomblob(1000000)")
+    with opened.write() as conn:
+        conn.exec_driver_sql("DROP TABLE large")  # its pages are free now
+    opened.close()
+    data = bytearray(store_path.read_bytes())
+    last = len(data) // sqlite.PAGE_BYTES
+    kind = sqlite.PAGE_BYTES + 5 * (last - 3)  # the second page says of each from the third on what it is, in 5 bytes
+    assert data[kind] == 2, "a free page"
+    data[kind] ^= 1 << 4
+    store_path.write_bytes(data)
+
+    opened = Database(store_path)
+    with pytest.raises(StoreError, match="malformed"):
+        gc.give_back(opened)
+    repair.execute(opened, repair.plan(fsck.check(opened)))
+    assert fsck.check(opened).sound
+    gc.give_back(opened)
+    with opened.read() as conn:
+        assert [row.name for row in conn.execute(sa.select(schema.session))] == ["talk"]
+    opened.close()
+    assert store_path.stat().st_size < len(data) - 900_000
+
+
+def test_a_rebuild_without_room_for_the_old_file_changes_nothing(store_path: Path, monkeypatch: pytest.MonkeyPatch):
+    opened = Database(store_path)
+
+    def full(_source: Path, target: Path) -> None:
+        target.write_bytes(b"some of it")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.copyfile", full)
+        with pytest.raises(StoreUnavailable, match="No space left"):
+            rebuild(opened)
+    assert not list(store_path.parent.glob("*.damaged"))
+    kept = rebuild(opened)
+    assert (kept.name, stat.S_IMODE(kept.stat().st_mode)) == (f"{store_path.name}.damaged", 0o600)
+    opened.close()
+
+
+def test_a_rebuild_that_cannot_put_the_new_file_in_place_changes_nothing(
+    store_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    opened = Database(store_path)
+    notes = store_path.with_name("notes.txt")
+    notes.write_text("dear diary\n" * 1000)
+    other = sqlite.make_engine(notes, read_only=True, synchronous="NORMAL", busy_ms=0)
+    put = sqlite.overwrite
+    monkeypatch.setattr(sqlite, "overwrite", lambda target, _fresh: put(target, other))
+    with pytest.raises(NotAStore):
+        rebuild(opened)
+    assert not list(store_path.parent.glob("*.damaged"))
+    other.dispose()
+    assert fsck.check(opened).sound
+    opened.close()

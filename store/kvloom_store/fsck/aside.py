@@ -20,6 +20,9 @@ from kvloom_store.fsck.reading import CACHE_OF_STATE, RELEASED, is_intact
 from kvloom_store.names import MAIN
 from kvloom_store.schema import branch, metadata, quarantine, session, tag, turn
 
+_Row = tuple[sa.Table, int, str]
+"""A row by SQLite's own number of it, and why it is taken out of use."""
+
 RECOVERED = "recovered"
 """How a branch is called whose row could not be read."""
 
@@ -51,7 +54,17 @@ class _Removal:
         self.count = 0
 
     def remove(self, table: sa.Table, rowid: int, why: str) -> None:
-        """Take a row away; what was said is kept as it was found."""
+        """Take a row away, after all that names it; a conversation may be longer than Python's stack is deep."""
+        open_rows = [self._taken(table, rowid, why)]
+        while open_rows:
+            first = next(open_rows[-1], None)
+            if first is None:
+                open_rows.pop()
+            else:
+                open_rows.append(self._taken(*first))
+
+    def _taken(self, table: sa.Table, rowid: int, why: str) -> Iterator[_Row]:
+        """Take one row away; given are those that must go first. What was said is kept as it was found."""
         values = scan.row_at(self._conn, table, rowid)
         if values is None or (table.name, rowid) in self._begun:
             return
@@ -59,16 +72,18 @@ class _Removal:
         row: Any = values.get("id")
         for child, column in _naming(table) if row is not None else ():
             for number in scan.rowids(self._conn, child, column, row):
-                self._let_go(child, column, number, f"it stood on {table.name} {row}")
+                if not self._let_go(child, column, number):
+                    yield child, number, f"it stood on {table.name} {row}"
         if table.name not in CACHE_OF_STATE:
             self._keep(table, values, why)
         scan.delete_at(self._conn, table, rowid)
         self.count += 1
 
-    def _let_go(self, child: sa.Table, column: str, rowid: int, why: str) -> None:
+    def _let_go(self, child: sa.Table, column: str, rowid: int) -> bool:
+        """Have a row name something else, or nothing; False if it must go itself."""
         values = scan.row_at(self._conn, child, rowid)
         if values is None:
-            return
+            return True
         if child is branch and column == "turn":
             _put(self._conn, child, rowid, values, turn=_at_or_above(self._conn, values, self._above))
         elif (child.name, column) in RELEASED:
@@ -76,7 +91,8 @@ class _Removal:
         elif (child.name, rowid) in self._begun:
             scan.put_at(self._conn, child, rowid, {column: None})
         else:
-            self.remove(child, rowid, why)
+            return False
+        return True
 
     def _keep(self, table: sa.Table, values: dict[str, Any], why: str) -> None:
         kept = {

@@ -25,11 +25,11 @@ def rebuild(database: Database) -> Path:
 
     Raises:
         StoreLocked: another process wrote to the store meanwhile; nothing was changed.
-        StoreUnavailable: no space is left for the new file.
+        StoreUnavailable: no space is left for the new file, or for the old one beside it; nothing was changed.
     """
     database.checkpoint()
-    kept = _free_path(database.path)
     with (
+        sqlite.keeping_files(database.path),
         tempfile.TemporaryDirectory(dir=database.path.parent, prefix=".kvloom-rebuild-") as folder,
         contextlib.closing(Database(Path(folder) / database.path.name)) as fresh,
         database.queued(background=False),
@@ -39,16 +39,27 @@ def rebuild(database: Database) -> Path:
         before = sqlite.data_version(conn)
         with sqlite.in_any_order(fresh.engine) as to:
             _copy(conn, to)
-        shutil.copyfile(database.path, kept)
-        kept.chmod(0o600)
-        conn.rollback()  # its snapshot ends; what others have written since shows
-        if sqlite.data_version(conn) != before:
-            kept.unlink()
-            raise StoreLocked(f"{database.path} was written to meanwhile", hint="try again")
-        conn.rollback()
-        sqlite.overwrite(database.engine, fresh.engine)
+        with _kept(database.path) as kept:
+            conn.rollback()  # its snapshot ends; what others have written since shows
+            if sqlite.data_version(conn) != before:
+                raise StoreLocked(f"{database.path} was written to meanwhile", hint="try again")
+            conn.rollback()
+            sqlite.overwrite(database.engine, fresh.engine)
     database.engine.dispose()
     return kept
+
+
+@contextlib.contextmanager
+def _kept(path: Path) -> Iterator[Path]:
+    """A copy of a file beside it, as private; none where something fails meanwhile: the file is what it was then."""
+    kept = _free_path(path)
+    try:
+        sqlite.create_file(kept)
+        shutil.copyfile(path, kept)
+        yield kept
+    except Exception:
+        kept.unlink(missing_ok=True)
+        raise
 
 
 def _free_path(path: Path) -> Path:
