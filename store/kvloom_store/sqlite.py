@@ -41,6 +41,9 @@ CHECKPOINT_MS = 1000
 """How long moving the log into the file waits for readers of it."""
 
 
+DAMAGED = "kvloom fsck --repair mends what it can; else restore it from a backup"
+
+
 def kind_of(path: Path) -> str:
     """``file``, ``folder`` or ``nothing``. Raises NotAStore, StoreUnavailable."""
     try:
@@ -385,7 +388,7 @@ def translated(path: Path) -> Iterator[None]:
     except (SQLAlchemyError, sqlite3.Error) as error:  # the driver's own where it is asked directly
         raise _translate(error, path) from error
     except UnicodeDecodeError as error:  # the driver's own, of a name or a message that is damaged
-        raise StoreError(f"{path} is damaged: {error}", hint="restore it from a backup") from error
+        raise StoreError(f"{path} is damaged: {error}", hint=DAMAGED) from error
 
 
 def _translate(error: SQLAlchemyError | sqlite3.Error, path: Path) -> StoreError:
@@ -416,7 +419,7 @@ def _translate(error: SQLAlchemyError | sqlite3.Error, path: Path) -> StoreError
             hint="check the disk (is it full, or gone?); everything acknowledged before is kept",
         )
     if isinstance(error, (DatabaseError, sqlite3.DatabaseError)) and "malformed" in text:
-        return StoreError(f"{path} is damaged: {text}", hint="restore it from a backup")
+        return StoreError(f"{path} is damaged: {text}", hint=DAMAGED)
     if isinstance(error, (OperationalError, sqlite3.OperationalError)):
         return StoreUnavailable(f"{path}: {text}", hint="check the path and its permissions")
     return StoreError(f"{path}: {text}")
