@@ -8,6 +8,7 @@ import sqlite3
 import stat
 import threading
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import sqlalchemy as sa
@@ -263,12 +264,12 @@ def test_a_map_of_pages_that_is_damaged_is_told_of_and_a_repair_lets_the_file_sh
 def test_a_rebuild_without_room_for_the_old_file_changes_nothing(store_path: Path, monkeypatch: pytest.MonkeyPatch):
     opened = Database(store_path)
 
-    def full(_source: Path, target: Path) -> None:
-        target.write_bytes(b"some of it")
+    def full(_source: BinaryIO, target: BinaryIO) -> None:
+        target.write(b"some of it")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
-        patched.setattr("shutil.copyfile", full)
+        patched.setattr("shutil.copyfileobj", full)
         with pytest.raises(StoreUnavailable, match="No space left"):
             rebuild(opened)
     assert not list(store_path.parent.glob("*.damaged"))

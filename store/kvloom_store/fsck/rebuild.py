@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import sqlalchemy as sa
 
@@ -28,8 +28,15 @@ def rebuild(database: Database) -> Path:
         StoreUnavailable: no space is left for the new file, or for the old one beside it; nothing was changed.
     """
     database.checkpoint()
+    # The old file is closed when no connection is left: closing a second descriptor of it drops SQLite's locks.
+    with sqlite.keeping_files(database.path), database.path.open("rb") as old:
+        kept = _rebuilt(database, old)
+        database.engine.dispose()
+    return kept
+
+
+def _rebuilt(database: Database, old: BinaryIO) -> Path:
     with (
-        sqlite.keeping_files(database.path),
         tempfile.TemporaryDirectory(dir=database.path.parent, prefix=".kvloom-rebuild-") as folder,
         contextlib.closing(Database(Path(folder) / database.path.name)) as fresh,
         database.queued(background=False),
@@ -39,23 +46,23 @@ def rebuild(database: Database) -> Path:
         before = sqlite.data_version(conn)
         with sqlite.in_any_order(fresh.engine) as to:
             _copy(conn, to)
-        with _kept(database.path) as kept:
+        with _kept(database.path, old) as kept:
             conn.rollback()  # its snapshot ends; what others have written since shows
             if sqlite.data_version(conn) != before:
                 raise StoreLocked(f"{database.path} was written to meanwhile", hint="try again")
             conn.rollback()
             sqlite.overwrite(database.engine, fresh.engine)
-    database.engine.dispose()
     return kept
 
 
 @contextlib.contextmanager
-def _kept(path: Path) -> Iterator[Path]:
+def _kept(path: Path, old: BinaryIO) -> Iterator[Path]:
     """A copy of a file beside it, as private; none where something fails meanwhile: the file is what it was then."""
     kept = _free_path(path)
     try:
         sqlite.create_file(kept)
-        shutil.copyfile(path, kept)
+        with kept.open("wb") as to:
+            shutil.copyfileobj(old, to)
         yield kept
     except Exception:
         kept.unlink(missing_ok=True)
