@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from kvloom_proto.bundle import Record
 from kvloom_proto.records import Provenance, Schedule
-from kvloom_store import erase, refs, removal, roots, segments, trie, turns
+from kvloom_store import bundle_out, bundle_plan, erase, refs, removal, roots, segments, trie, turns
 from kvloom_store.database import Database
 from kvloom_store.errors import CorruptRow, StoreError
 from kvloom_store.refs import SessionRow
@@ -184,3 +185,30 @@ def test_a_branch_whose_path_is_damaged_does_not_take_other_turns_along(talks: T
     with pytest.raises(CorruptRow, match="turn"):
         _remove_branch(talks.path)
     assert rows(talks.path) == before
+
+
+# --- what is written out ---
+
+
+def _exported(path: Path, name: str) -> list[Record]:
+    with closing(Database(path)) as database, database.read() as conn:
+        plan = bundle_plan.plan(conn, bundle_out.whole_session(conn, refs.get_session(conn, name).row))
+        return list(bundle_out.records(conn, plan, {}, writer="test", text_only=False))
+
+
+def test_a_turn_that_an_index_takes_for_another_sessions_is_not_written_out_with_it(talks: Talks) -> None:
+    talks.say("mine", [1, 2, 3])
+    [first, _] = talks.say("yours", [5, 6], [5, 6, 7])
+    sound = _exported(talks.path, "yours")
+    mislead(talks.path, "ix_turn_session", first.turn, "session", 1)
+    with pytest.raises(CorruptRow, match="turn"):
+        _exported(talks.path, "mine")
+    assert _exported(talks.path, "yours")[1:] == sound[1:]  # the head says when it was written
+
+
+def test_a_turn_that_says_it_is_another_sessions_is_missed(talks: Talks) -> None:
+    talks.say("mine", [1, 2, 3])
+    [_, last] = talks.say("yours", [5, 6], [5, 6, 7])
+    damage(talks.path, "UPDATE turn SET session = 1 WHERE id = ?", last.turn)
+    with pytest.raises(CorruptRow, match="turn"):
+        _exported(talks.path, "yours")
