@@ -9,10 +9,27 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from states import MIXED, Store, filled
 
 from kvloom_proto.bundle import Record
 from kvloom_proto.records import Provenance, Schedule
-from kvloom_store import bundle_out, bundle_plan, erase, refs, removal, roots, segments, trie, turns
+from kvloom_store import (
+    bundle_out,
+    bundle_plan,
+    erase,
+    gc,
+    gc_plan,
+    pins,
+    refs,
+    removal,
+    roots,
+    schema,
+    search,
+    segments,
+    stats,
+    trie,
+    turns,
+)
 from kvloom_store.database import Database
 from kvloom_store.errors import CorruptRow, StoreError
 from kvloom_store.refs import SessionRow
@@ -26,7 +43,7 @@ def damage(path: Path, statement: str, *values: object) -> None:
         raw.commit()
 
 
-def mislead(path: Path, index: str, row: int, column: str = "", value: int | None = None) -> None:
+def mislead(path: Path, index: str, row: int, column: str = "", value: int | str = "") -> None:
     """Let an index say something else of a row; without a column, nothing."""
     with closing(sqlite3.connect(path)) as raw:
         [(table,)] = raw.execute("SELECT tbl_name FROM sqlite_master WHERE name = ?", (index,))
@@ -212,3 +229,110 @@ def test_a_turn_that_says_it_is_another_sessions_is_missed(talks: Talks) -> None
     damage(talks.path, "UPDATE turn SET session = 1 WHERE id = ?", last.turn)
     with pytest.raises(CorruptRow, match="turn"):
         _exported(talks.path, "yours")
+
+
+# --- what is followed ---
+
+ON_ITSELF = "UPDATE turn_state SET base_state = id, state_start = state_end WHERE id = ?"
+
+
+def test_a_turn_state_that_stands_on_itself_is_not_followed_for_ever(talks: Talks) -> None:
+    [_, last] = talks.say("talk", [1, 2], [1, 2, 3])
+    damage(talks.path, ON_ITSELF, last.row)
+    with closing(Database(talks.path)) as database, pytest.raises(CorruptRow, match="turn_state"):
+        gc.collect(database)
+    with pytest.raises(CorruptRow, match="turn_state"):
+        _exported(talks.path, "talk")
+
+
+def test_the_state_of_a_pinned_turn_that_stands_on_itself_is_not_followed_for_ever(talks: Talks) -> None:
+    [only] = talks.say("talk", [1, 2])
+    with closing(Database(talks.path)) as database, database.write() as conn:
+        pins.add(conn, only.turn)
+    damage(talks.path, ON_ITSELF, only.row)
+    with closing(Database(talks.path)) as database, database.write() as conn:
+        assert gc.drop(conn, [], 0) == set()
+
+
+@pytest.fixture
+def held(store_path: Path) -> tuple[Path, int]:
+    """A store with one segment, which says that it stands on itself."""
+    store = Store(store_path)
+    made = store.write(filled(MIXED[:1], 8), 0, 8)
+    store.database.close()
+    damage(store_path, "UPDATE segment SET base_segment = id WHERE id = ?", made)
+    return store_path, made
+
+
+def test_a_segment_that_stands_on_itself_is_not_followed_for_ever(held: tuple[Path, int]) -> None:
+    path, made = held
+    with closing(Database(path)) as database, database.write() as conn:
+        assert not segments.is_lossy(conn, made)
+        assert gc_plan.plan(gc.read_facts(conn, 0), 0).drops == ()
+        assert erase._drop(conn, [made]) == 0
+        assert conn.execute(sa.select(schema.segment.c.id)).all() == []
+
+
+def test_an_edge_that_stands_on_itself_is_not_followed_for_ever(held: tuple[Path, int]) -> None:
+    path, _ = held
+    damage(path, "UPDATE node SET parent = id, start = 4 WHERE id = (SELECT node FROM segment)")
+    with closing(Database(path)) as database, pytest.raises(CorruptRow, match="node"):
+        stats.stats(database)
+
+
+# --- what is shown ---
+
+
+@pytest.mark.parametrize("value", ["x", b"1"])
+def test_nothing_is_reckoned_with_what_is_no_number(talks: Talks, value: object) -> None:
+    [only] = talks.say("talk", [1, 2])
+    damage(talks.path, "UPDATE turn_state SET state_end = ?, end = ? WHERE id = ?", value, value, only.row)
+    with closing(Database(talks.path)) as database:
+        with database.read() as conn, pytest.raises(CorruptRow, match="turn_state"):
+            turns.token_counts(conn, 1)
+        with pytest.raises(CorruptRow, match="turn_state"):
+            gc.collect(database)
+
+
+@pytest.mark.parametrize("table", ["turn", "branch", "segment"])
+def test_what_to_drop_is_not_reckoned_with_what_is_no_number(talks: Talks, held: tuple[Path, int], table: str) -> None:
+    talks.say("talk", [1, 2])
+    damage(talks.path, f"UPDATE {table} SET {'updated' if table == 'branch' else 'created'} = 'x'")
+    with closing(Database(talks.path)) as database, pytest.raises(CorruptRow, match=table):
+        gc.collect(database)
+    if table == "segment":
+        damage(talks.path, "UPDATE segment SET stored_bytes = 'x'")
+        with closing(Database(talks.path)) as database, pytest.raises(CorruptRow, match=table):
+            stats.stats(database)
+
+
+@pytest.mark.parametrize("value", ["x", b"1"])
+def test_a_turn_whose_id_is_damaged_leaves_the_ids_of_the_others_as_they_are(talks: Talks, value: object) -> None:
+    [first, last] = talks.say("talk", [1, 2], [1, 2, 3])
+    damage(talks.path, "UPDATE turn SET public_id = ? WHERE id = ?", value, last.turn)
+    damage(talks.path, "UPDATE turn_state SET state_start = state_end WHERE id = ?", first.row)
+    with closing(Database(talks.path)) as database, database.read() as conn:
+        [(row, short)] = refs.short_ids(conn, 1).items()
+        assert row == first.turn
+        assert turns.get(conn, row).id.startswith(short)
+        assert turns.held(conn, 1) == {turns.get(conn, row).id}
+        with pytest.raises(CorruptRow, match="turn"):
+            refs.short_id(conn, last.turn)
+
+
+def test_turns_are_counted_though_a_damaged_index_has_one_in_no_session(talks: Talks) -> None:
+    [first, _] = talks.say("talk", [1, 2], [1, 2, 3])
+    mislead(talks.path, "ix_turn_session", first.turn, "session", "NULL")
+    with closing(Database(talks.path)) as database, database.read() as conn:
+        assert turns.count_by_session(conn) == {1: 1}
+
+
+def test_a_turn_that_an_index_hides_is_found_by_its_words_and_has_its_whole_id(talks: Talks) -> None:
+    [first, _] = talks.say("talk", [11, 22], [11, 22, 33])
+    mislead(talks.path, "ix_turn_session", first.turn)
+    with closing(Database(talks.path)) as database, database.read() as conn:
+        found = {hit.ref for hit in search.search(database, "22").hits}
+        whole = turns.get(conn, first.turn).id
+        assert f"talk@{whole}" in found
+        assert len(found) == 2
+        assert refs.short_id(conn, first.turn) == whole
