@@ -54,10 +54,18 @@ from kvloom_store.turns import path_to
 
 
 def whole_session(conn: sa.Connection, row: int) -> Chosen:
-    """Every turn, branch and tag of a session."""
-    turns = tuple(conn.execute(sa.select(turn.c.id).where(turn.c.session == row).order_by(turn.c.id)).scalars())
+    """Every turn, branch and tag of a session.
+
+    Raises:
+        CorruptRow: a turn is of this session by a damaged index alone, or was before its row was damaged.
+    """
+    # By the rows: a sum is in no index, and a damaged one hides turns.
+    turns = [each.id for each in conn.execute(sa.select(turn).where(turn.c.session + 0 == row).order_by(turn.c.id))]
+    listed = conn.execute(sa.select(turn.c.id).where(turn.c.session == row)).scalars()
+    for other in set(listed) - set(turns):
+        raise CorruptRow(turn.name, (other,))
     branches = tuple((each.name, each.turn) for each in refs.branches(conn, row))
-    return Chosen(row, turns, branches, tuple(refs.tags(conn, row).items()))
+    return Chosen(row, tuple(turns), branches, tuple(refs.tags(conn, row).items()))
 
 
 def one_path(conn: sa.Connection, point: refs.Point, name: str) -> Chosen:
@@ -97,15 +105,15 @@ def records(
         made, path = _node(conn, numbers, row, count, path)
         yield made
     for row in plan.chosen.turns:
-        yield _turn(conn, numbers, row)
+        yield _turn(conn, numbers, row, plan.chosen.session)
     for part in plan.segments:
         yield from _segment(conn, numbers, part)
     for each in plan.states:
         yield _state(conn, numbers, each, text_only=text_only)
     for name, at in plan.chosen.branches:
-        yield BranchRecord(name, None if at is None else numbers.turns[at])
+        yield BranchRecord(name, None if at is None else numbers.turn(at))
     for name, at in plan.chosen.tags:
-        yield TagRecord(name, numbers.turns[at])
+        yield TagRecord(name, numbers.turn(at))
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +137,12 @@ class _Numbers:
             _numbered([each.row for each in plan.segments]),
             _numbered([each.row for each in plan.states]),
         )
+
+    def turn(self, row: int) -> int:
+        """Of a turn that something in the bundle names. Raises CorruptRow if it is not in it."""
+        if row not in self.turns:
+            raise CorruptRow(turn.name, (row,))
+        return self.turns[row]
 
 
 def _numbered(rows: Sequence[int]) -> dict[int, int]:
@@ -168,11 +182,13 @@ def _node(
     return made, (row, path)
 
 
-def _turn(conn: sa.Connection, numbers: _Numbers, row: int) -> TurnRecord:
+def _turn(conn: sa.Connection, numbers: _Numbers, row: int, owner: int) -> TurnRecord:
     values = _row(conn, turn, row)
+    if values["session"] != owner:
+        raise CorruptRow(turn.name, (row,))
     return TurnRecord(
         public_id=values["public_id"],
-        parent=None if values["parent"] is None else numbers.turns[values["parent"]],
+        parent=None if values["parent"] is None else numbers.turn(values["parent"]),
         role=values["role"],
         continues=bool(values["continues"]),
         message=values["message"],
@@ -189,7 +205,7 @@ def _state(conn: sa.Connection, numbers: _Numbers, planned: PlannedState, *, tex
     pending = planned.pending
     hidden = not (pending or text_only)
     return StateRecord(
-        turn=numbers.turns[values["turn"]],
+        turn=numbers.turn(values["turn"]),
         model=numbers.roots[values["root"]],
         start=values["start"],
         tokens=values["tokens"],

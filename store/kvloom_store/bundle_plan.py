@@ -15,6 +15,8 @@ import sqlalchemy as sa
 from kvloom_proto import limits
 from kvloom_proto.messages import check_limit
 from kvloom_store import trie
+from kvloom_store.checksum import checked
+from kvloom_store.errors import CorruptRow
 from kvloom_store.schema import node, segment, turn_state
 
 BATCH = 500
@@ -68,7 +70,7 @@ class BundlePlan:
 
 
 def plan(conn: sa.Connection, chosen: Chosen, *, text_only: bool = False) -> BundlePlan:
-    """Decide what goes into a bundle of these turns; ``text_only``: no state. Raises LimitExceeded."""
+    """Decide what goes into a bundle of these turns; ``text_only``: no state. Raises LimitExceeded, CorruptRow."""
     check_limit("turns", len(chosen.turns), limits.MAX_BUNDLE_RECORDS)
     made = BundlePlan(chosen)
     states = _rows(conn, turn_state, turn_state.c.turn, chosen.turns, _STATE)
@@ -218,12 +220,20 @@ def _with_parents(conn: sa.Connection, wanted: dict[int, int]) -> dict[int, int]
 def _rows(
     conn: sa.Connection, table: sa.Table, key: sa.Column[Any], ids: Iterable[int], columns: Sequence[Any]
 ) -> dict[int, Mapping[str, Any]]:
-    """Some columns of rows, by id. Numbers alone: the rows themselves are checked when they are written."""
+    """Some columns of rows, by id.
+
+    Raises:
+        CorruptRow: one of them is damaged, or not one that was asked for: it could lead in a circle, or anywhere.
+    """
     wanted = list(ids)
     found: dict[int, Mapping[str, Any]] = {}
     for first in range(0, len(wanted), BATCH):
-        query = sa.select(*columns).where(key.in_(wanted[first : first + BATCH])).order_by(table.c.id)
-        found.update({row.id: dict(row._mapping) for row in conn.execute(query)})
+        some = set(wanted[first : first + BATCH])
+        for row in conn.execute(sa.select(table).where(key.in_(some)).order_by(table.c.id)):
+            values = checked(table, row)
+            if values[key.name] not in some:
+                raise CorruptRow(table.name, (row.id,))
+            found[values["id"]] = {column.name: values[column.name] for column in columns}
     return found
 
 

@@ -7,7 +7,7 @@ the segment's manifest, so that the large bytes are hashed once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -16,6 +16,9 @@ import xxhash
 from sqlalchemy import Connection, Row, Table
 
 from kvloom_store.errors import CorruptRow
+
+_NUMBER = frozenset({int})
+_NUMBER_OR_NULL = frozenset({int, type(None)})
 
 
 def digest(data: bytes | memoryview) -> bytes:
@@ -55,6 +58,16 @@ def checked(table: Table, row: Row[Any], **asked: object) -> dict[str, Any]:
     if checksum != actual or any(values[name] != value for name, value in asked.items()):
         raise CorruptRow(table.name, tuple(values[c.name] for c in table.primary_key.columns))
     return values
+
+
+def check_numbers(table: Table, key: int, cells: Iterable[object], nullable: Iterable[object] = ()) -> None:
+    """Of some cells of a row that is not read whole, and whose checksum cannot be checked: that they are numbers.
+
+    Raises:
+        CorruptRow: one is not.
+    """
+    if not (_NUMBER.issuperset(map(type, cells)) and _NUMBER_OR_NULL.issuperset(map(type, nullable))):
+        raise CorruptRow(table.name, (key,))
 
 
 def insert(conn: Connection, table: Table, values: Mapping[str, Any]) -> None:

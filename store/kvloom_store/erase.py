@@ -9,7 +9,7 @@ written anew.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,12 @@ class Erased:
 
 
 def session(conn: sa.Connection, row: int) -> Erased:
-    """Take a session away so that nothing of it is left in any row (inside a write transaction)."""
+    """Take a session away so that nothing of it is left in any row (inside a write transaction).
+
+    Raises:
+        CorruptRow: a row that says how much of an edge another path needs is damaged.
+    """
+    sqlite.reindex(conn)  # a damaged one hides what others need; to write the file anew takes longer
     edges = _edges(conn, removal.of_session(row))
     removal.remove_session(conn, row)
     return _cut_short(conn, edges)
@@ -42,6 +47,7 @@ def session(conn: sa.Connection, row: int) -> Erased:
 
 def branch(conn: sa.Connection, row: refs.Branch) -> Erased:
     """The same of a branch and the turns that only it leads to."""
+    sqlite.reindex(conn)
     edges = _edges(conn, removal.only_of_branch(conn, row))
     removal.remove_branch(conn, row)
     return _cut_short(conn, edges)
@@ -103,14 +109,16 @@ def _cut_edge(conn: sa.Connection, edge: int) -> int:
 
 def _used(conn: sa.Connection, values: dict[str, Any]) -> int:
     """How many tokens of an edge are of a path that is left, or of somebody's own loop."""
-    ends = [
-        sa.select(sa.func.max(node.c.parent_offset)).where(node.c.parent == values["id"]),
-        sa.select(sa.func.max(turn_state.c.offset)).where(turn_state.c.node == values["id"]),
-    ]
-    most = max(int(conn.execute(query).scalar_one() or 0) for query in ends)
-    own = sa.select(segment.c.end, segment.c.schedule).where(segment.c.node == values["id"])
-    captured = (int(end - values["start"]) for end, schedule in conn.execute(own) if _is_captured(schedule))
-    return max(most, *captured, 0)
+    branches = (each["parent_offset"] for each in _naming(conn, node.c.parent, values["id"]))
+    paths = (each["offset"] for each in _naming(conn, turn_state.c.node, values["id"]))
+    own = _naming(conn, segment.c.node, values["id"])
+    captured = (each["end"] - values["start"] for each in own if _is_captured(each["schedule"]))
+    return max(0, *map(int, branches), *map(int, paths), *map(int, captured))
+
+
+def _naming(conn: sa.Connection, column: sa.Column[Any], edge: int) -> Iterator[dict[str, Any]]:
+    for row in conn.execute(sa.select(column.table).where(column == edge)):
+        yield checked(column.table, row, **{column.name: edge})
 
 
 def _is_captured(schedule: bytes) -> bool:
@@ -122,11 +130,11 @@ def _is_captured(schedule: bytes) -> bool:
 
 def _drop(conn: sa.Connection, first: list[int]) -> int:
     """Drop segments and all that stands on them; how many turn states lost theirs."""
-    levels = [first]
+    levels, gone = [first], set(first)
     while levels[-1]:
         above = sa.select(segment.c.id).where(segment.c.base_segment.in_(levels[-1]))
-        levels.append(list(conn.execute(above).scalars()))
-    gone = {each for level in levels for each in level}
+        levels.append(list(set(conn.execute(above).scalars()) - gone))  # a damaged one stands on itself
+        gone |= set(levels[-1])
     named = turn_state.c.segment.in_(gone) | turn_state.c.base_segment.in_(gone)
     lost = [checked(turn_state, row) for row in conn.execute(sa.select(turn_state).where(named))]
     for row in lost:

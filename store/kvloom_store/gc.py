@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from kvloom_proto.errors import FormatError
 from kvloom_proto.records import Schedule, read_schedule
 from kvloom_store import gc_plan, pins, rates, segments, sqlite
-from kvloom_store.checksum import checked, update
+from kvloom_store.checksum import check_numbers, checked, update
 from kvloom_store.database import Database, now_us
 from kvloom_store.errors import CorruptRow
 from kvloom_store.gc_plan import Facts, Held, Plan, Point
@@ -222,6 +222,8 @@ def read_facts(conn: sa.Connection, now: int) -> Facts:
     c = segment.c
     columns = (c.id, c.base_segment, node.c.root, c.start, c.end, c.stored_bytes, c.complete, c.created)
     rows = conn.execute(sa.select(*columns).join(node, node.c.id == c.node)).all()
+    for row in rows:
+        check_numbers(segment, row.id, row[2:], row[1:2])
     states = _states(conn, now)
     holders = {each.id: each for each in states}
     named = {s.segment for s in states} | {s.base_segment for s in states} - {None}
@@ -242,6 +244,7 @@ def _states(conn: sa.Connection, now: int) -> list[_State]:
     query = sa.select(*columns, c.variant, c.dropped, c.created).order_by(c.id)
     found = []
     for row in conn.execute(query):
+        check_numbers(turn_state, row.id, (*row[1:5], *row[8:]), row[5:8])
         own = row.state_end > row.state_start
         unwritten = own and row.segment is None and not row.variant and not row.dropped
         waits = unwritten and row.created > now - IN_FLIGHT_US
@@ -273,20 +276,25 @@ def _schedules(conn: sa.Connection, ids: Sequence[int]) -> Iterator[tuple[int, S
 def _pinned(conn: sa.Connection) -> set[int]:
     """The segments that hold the state of pinned turns."""
     c = turn_state.c
-    columns = (c.segment, c.base_segment, c.base_state, (c.state_end > c.state_start).label("own"))
+    columns = (c.id, c.segment, c.base_segment, c.base_state, (c.state_end > c.state_start).label("own"))
     at = conn.execute(sa.select(*columns).where(c.turn.in_(pins.pinned(conn)))).all()
     found: set[int | None] = set()
+    seen: set[int] = set()  # a damaged row stands on itself
     while at:  # a turn without rows of its own has its state in another's
         found |= {row.segment for row in at} | {row.base_segment for row in at if not row.own}
-        below = [row.base_state for row in at if row.segment is None and not row.own]
+        seen |= {row.id for row in at}
+        below = {row.base_state for row in at if row.segment is None and not row.own} - seen
         at = conn.execute(sa.select(*columns).where(c.id.in_(below))).all() if below else []
     return {each for each in found if each is not None}
 
 
 def _segment(state: _State, holders: dict[int, _State]) -> int | None:
     """The segment a state is in: its own, or where it has no rows of its own, that which it stands on."""
-    at = state
+    at, seen = state, set[int]()
     while at.segment is None and not at.own and at.base_state in holders:
+        if at.id in seen:
+            raise CorruptRow(turn_state.name, (at.id,))
+        seen.add(at.id)
         at = holders[at.base_state]
     return at.segment if at.segment is not None else at.base_segment if not at.own else None
 
@@ -301,6 +309,7 @@ def _points(conn: sa.Connection, states: Sequence[_State], holders: dict[int, _S
     turns = conn.execute(sa.select(turn.c.id, turn.c.parent, turn.c.created).order_by(turn.c.id)).all()
     nearest: dict[int | None, dict[int, tuple[int, int]]] = {None: {}}
     for row in turns:  # parents come before their children
+        check_numbers(turn, row.id, (row.created,), (row.parent,))
         above = nearest.get(row.parent, {})
         nearest[row.id] = {**above, **own[row.id]} if row.id in own else above
     named = set()
@@ -316,10 +325,11 @@ def _points(conn: sa.Connection, states: Sequence[_State], holders: dict[int, _S
 def _names(conn: sa.Connection) -> Iterator[tuple[str, int, int]]:
     """Branches and tags: what they are called, the turn they lead to, and when that was last used."""
     for table, used in ((branch, branch.c.updated), (tag, tag.c.created)):
-        query = sa.select(session.c.name, table.c.name, table.c.turn, used).join(
+        query = sa.select(table.c.id, session.c.name, table.c.name, table.c.turn, used).join(
             session, session.c.id == table.c.session
         )
-        for owner, name, at, when in conn.execute(query.where(table.c.turn.is_not(None)).order_by(table.c.id)):
+        for row, owner, name, at, when in conn.execute(query.where(table.c.turn.is_not(None)).order_by(table.c.id)):
+            check_numbers(table, row, (at, when))
             yield f"{owner}@{name}", at, when
 
 

@@ -22,6 +22,9 @@ from kvloom_store.turns import Turn
 SHORTEST_ID = 4
 """Hex digits of a turn id that are always shown and always asked for."""
 
+ID_BYTES = 16
+"""Bytes of a turn id."""
+
 
 @dataclass(frozen=True, slots=True)
 class SessionRow:
@@ -342,19 +345,26 @@ def short_id(conn: sa.Connection, row: int | None) -> str | None:
     if row is None:
         return None
     owner: Turn = turns.get(conn, row)
-    return short_ids(conn, owner.session)[row]
+    return short_ids(conn, owner.session).get(row, owner.id)  # a damaged index may hide it
 
 
 def short_ids(conn: sa.Connection, session_row: int) -> dict[int, str]:
-    """The shortest unique beginning of each turn id of a session, of at least SHORTEST_ID digits."""
+    """The shortest unique beginning of each turn id of a session, of at least SHORTEST_ID digits.
+
+    A damaged id is left out: it is told where the turn itself is read.
+    """
     query = sa.select(turn.c.id, turn.c.public_id).where(turn.c.session == session_row).order_by(turn.c.public_id)
-    rows = [(row, public.hex()) for row, public in conn.execute(query)]
+    rows = [(row, public.hex()) for row, public in conn.execute(query) if _is_id(public)]
     short = {}
     for i, (row, text) in enumerate(rows):
         around = [rows[j][1] for j in (i - 1, i + 1) if 0 <= j < len(rows)]
         shared = max((_shared(text, other) for other in around), default=0)
         short[row] = text[: max(SHORTEST_ID, shared + 1)]
     return short
+
+
+def _is_id(cell: object) -> bool:
+    return isinstance(cell, bytes) and len(cell) == ID_BYTES
 
 
 def _shared(a: str, b: str) -> int:

@@ -6,11 +6,12 @@ of the order in which they were written.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 
-from kvloom_store import explorations, fulltext, segments, turns
+from kvloom_store import explorations, fulltext, refs, segments, turns
 from kvloom_store.checksum import checked, update
 from kvloom_store.errors import CorruptRow
 from kvloom_store.refs import Branch
@@ -18,6 +19,9 @@ from kvloom_store.schema import branch, journal, node, pin, segment, session, ta
 
 BATCH = 500
 """Ids in one query."""
+
+_USES: tuple[sa.Column[Any], ...] = (node.c.parent, turn_state.c.node, segment.c.node)
+"""What an edge of the trie is needed for."""
 
 
 def remove_session(conn: sa.Connection, session_row: int) -> None:
@@ -45,23 +49,33 @@ def of_session(session_row: int) -> sa.Select[Any]:
 
 def only_of_branch(conn: sa.Connection, row: Branch) -> sa.Select[Any]:
     """The ids of the turns that no other branch and no tag leads to: those of a branch's path from the first such on,
-    and all that was said below them, undone or not."""
-    named = [
-        sa.select(branch.c.turn).where(branch.c.session == row.session, branch.c.id != row.row),
-        sa.select(tag.c.turn).where(tag.c.session == row.session),
-    ]
-    kept = {each for query in named for each in _path(conn, turn.c.id.in_(query))}
-    own = [each for each in _path(conn, turn.c.id == row.turn) if each not in kept]
+    and all that was said below them, undone or not.
+
+    Raises:
+        CorruptRow: a turn of these paths is damaged: it may lead to what somebody else said.
+    """
+    others = [each.turn for each in refs.branches(conn, row.session) if each.row != row.row]
+    kept = _paths(conn, [*others, *refs.tags(conn, row.session).values()])
+    own = _paths(conn, [row.turn]) - kept
     below = sa.select(turn.c.id).where(turn.c.id == min(own, default=None)).cte("below", recursive=True)
     below = below.union(sa.select(turn.c.id).where(turn.c.parent == below.c.id))
     return sa.select(below.c.id)
 
 
-def _path(conn: sa.Connection, ends: sa.ColumnElement[bool]) -> list[int]:
-    """The ids of the turns that paths go through; along a path they grow."""
-    up = sa.select(turn.c.id, turn.c.parent).where(ends).cte("up", recursive=True)
-    up = up.union(sa.select(turn.c.id, turn.c.parent).where(turn.c.id == up.c.parent))
-    return list(conn.execute(sa.select(up.c.id)).scalars())
+def _paths(conn: sa.Connection, ends: Iterable[int | None]) -> set[int]:
+    """The ids of the turns that lead to some; along a path they grow. Raises CorruptRow."""
+    wanted, found = sorted({end for end in ends if end is not None}), set[int]()
+    for first in range(0, len(wanted), BATCH):
+        some = wanted[first : first + BATCH]
+        up = sa.select(turn.c.id, turn.c.parent).where(turn.c.id.in_(some)).cte("up", recursive=True)
+        up = up.union(sa.select(turn.c.id, turn.c.parent).where(turn.c.id == up.c.parent))
+        rows = conn.execute(sa.select(turn).where(turn.c.id.in_(sa.select(up.c.id))))
+        parents = {values["id"]: values["parent"] for values in (checked(turn, row) for row in rows)}
+        missing = {*some, *parents.values()} - {None, *parents}
+        if missing:
+            raise CorruptRow(turn.name, tuple(missing))
+        found |= set(parents)
+    return found
 
 
 def _remove_turns(conn: sa.Connection, chosen: sa.Select[Any]) -> None:
@@ -71,9 +85,9 @@ def _remove_turns(conn: sa.Connection, chosen: sa.Select[Any]) -> None:
     held = set(conn.execute(sa.select(turn_state.c.segment).where(states)).scalars()) - {None}
     # Another session's states may have been computed on top of these; they keep the segment they stand on.
     ids = sa.select(turn_state.c.id).where(states)
-    outside = sa.select(turn_state.c.id).where(turn_state.c.base_state.in_(ids), ~states)
-    for row in conn.execute(outside).scalars().all():
-        _detach(conn, row)
+    outside = sa.select(turn_state).where(_unindexed(turn_state.c.base_state).in_(ids), ~states)
+    for row in conn.execute(outside).all():
+        update(conn, turn_state, checked(turn_state, row), base_state=None)
     conn.execute(journal.delete().where(journal.c.turn.in_(mine)))
     _remove_text(conn, mine)
     conn.execute(pin.delete().where(pin.c.turn.in_(mine)))
@@ -93,11 +107,6 @@ def _remove_text(conn: sa.Connection, mine: sa.Select[Any]) -> None:
     except CorruptRow:  # a turn that cannot be read cannot be taken out of the index
         return fulltext.drop(conn)
     return fulltext.remove(conn, texts)
-
-
-def _detach(conn: sa.Connection, row: int) -> None:
-    values = checked(turn_state, conn.execute(sa.select(turn_state).where(turn_state.c.id == row)).one())
-    update(conn, turn_state, values, base_state=None)
 
 
 def _remove_segments(conn: sa.Connection, candidates: set[int]) -> set[int]:
@@ -122,17 +131,35 @@ def _remove_segments(conn: sa.Connection, candidates: set[int]) -> set[int]:
 
 
 def remove_nodes(conn: sa.Connection, candidates: set[int]) -> None:
-    """Delete edges without children, turns or state, from the leaves up; topmost nodes stay."""
+    """Delete edges without children, turns or state, from the leaves up; topmost nodes stay.
+
+    Raises:
+        CorruptRow: a damaged index says that nobody needs one which somebody does (whoever calls then rolls back).
+    """
+    gone: list[int] = []
     while candidates:
         at = candidates.pop()
         parent = conn.execute(sa.select(node.c.parent).where(node.c.id == at)).scalar_one_or_none()
         if parent is None:
             continue
-        uses = [
-            sa.select(node.c.id).where(node.c.parent == at),
-            sa.select(turn_state.c.id).where(turn_state.c.node == at),
-            sa.select(segment.c.id).where(segment.c.node == at),
-        ]
+        uses = [sa.select(column.table.c.id).where(column == at) for column in _USES]
         if all(conn.execute(query.limit(1)).first() is None for query in uses):
             conn.execute(node.delete().where(node.c.id == at))
+            gone.append(at)
             candidates.add(parent)
+    _check_unused(conn, gone)
+
+
+def _check_unused(conn: sa.Connection, gone: Sequence[int]) -> None:
+    """Make sure that nobody names edges that were deleted: the tables are read through, each once for some hundred."""
+    for first in range(0, len(gone), BATCH):
+        for column in _USES:
+            query = sa.select(column.table).where(_unindexed(column).in_(gone[first : first + BATCH])).limit(1)
+            left = conn.execute(query).one_or_none()
+            if left is not None:
+                raise CorruptRow(column.table.name, (left.id,))
+
+
+def _unindexed(column: sa.Column[Any]) -> sa.ColumnElement[Any]:
+    """A column as it is in its rows, where those are selected whole: a sum is in no index."""
+    return column + 0

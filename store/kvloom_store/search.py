@@ -118,5 +118,5 @@ def _hits(conn: sa.Connection, found: Sequence[Turn], snippets: Mapping[int, Sni
         if at not in names:
             names[at], short[at] = refs.session_of(conn, at).name, refs.short_ids(conn, at)
         snippet = snippets[each.row]
-        ref = f"{names[at]}@{short[at][each.row]}"
+        ref = f"{names[at]}@{short[at].get(each.row, each.id)}"  # a damaged index may hide a turn of a session
         yield Hit(ref, names[at], each.id, each.role, each.created, snippet.text, snippet.marks)

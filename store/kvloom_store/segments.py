@@ -91,7 +91,7 @@ def is_lossy(conn: sa.Connection, row: int) -> bool:
     """Whether some rows of a segment, or of those it stands on, are not exact."""
     columns = segment.c.id, segment.c.base_segment, segment.c.lossy
     up = sa.select(*columns).where(segment.c.id == row).cte("up", recursive=True)
-    up = up.union_all(sa.select(*columns).where(segment.c.id == up.c.base_segment))
+    up = up.union(sa.select(*columns).where(segment.c.id == up.c.base_segment))  # a damaged one stands on itself
     return bool(conn.execute(sa.select(sa.func.max(up.c.lossy))).scalar_one())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -11,7 +11,9 @@ import sqlalchemy as sa
 from kvloom_proto.errors import FormatError
 from kvloom_proto.records import STORED_BY_ROW, LayerKind, LayerSpec, expand, read_manifest
 from kvloom_store import roots, sqlite
+from kvloom_store.checksum import check_numbers
 from kvloom_store.database import Database
+from kvloom_store.errors import CorruptRow
 from kvloom_store.schema import branch, node, root, segment, session, turn, turn_state
 
 
@@ -118,10 +120,17 @@ def _segments(conn: sa.Connection, states: sa.Subquery | None) -> list[sa.Row[An
     columns = (c.id, c.node, c.start, c.end, c.raw_bytes, c.stored_bytes, c.lossy, node.c.root)
     query = sa.select(*columns).join(node, node.c.id == c.node).where(c.complete == 1)
     if states is None:
-        return list(conn.execute(query))
+        return _numbers(conn.execute(query))
     up = sa.select(states.c.segment.label("id")).where(states.c.segment.is_not(None)).cte("up", recursive=True)
     up = up.union(sa.select(c.base_segment).where(c.id == up.c.id, c.base_segment.is_not(None)))
-    return list(conn.execute(query.where(c.id.in_(sa.select(up.c.id)))))
+    return _numbers(conn.execute(query.where(c.id.in_(sa.select(up.c.id)))))
+
+
+def _numbers(rows: Iterable[sa.Row[Any]]) -> list[sa.Row[Any]]:
+    found = list(rows)
+    for row in found:
+        check_numbers(segment, row.id, row)
+    return found
 
 
 def _nodes(conn: sa.Connection, start: sa.Select[Any]) -> dict[int, Any]:
@@ -140,8 +149,11 @@ def _covered(
     found = _nodes(conn, sa.select(segment.c.node.label("id")).where(segment.c.complete == 1)) if segments else {}
     spans: dict[tuple[int, float], list[tuple[int, int]]] = {}
     for row in segments:
-        at, end = row.node, row.end
+        at, end, seen = row.node, row.end, set[int]()
         while end > row.start:  # a segment may span ancestors of its node
+            if at not in found or at in seen:
+                raise CorruptRow(node.name, (at,))
+            seen.add(at)
             edge = found[at]
             first = max(row.start, edge.start)
             if end > first:

@@ -15,7 +15,7 @@ from kvloom_proto import limits
 from kvloom_proto.errors import FormatError, LimitExceeded
 from kvloom_proto.records import Schedule, pack, read_schedule
 from kvloom_store import fulltext
-from kvloom_store.checksum import checked, insert, unpacked, update
+from kvloom_store.checksum import check_numbers, checked, insert, unpacked, update
 from kvloom_store.database import allocate, now_us
 from kvloom_store.errors import CorruptRow
 from kvloom_store.schema import segment as segment_table
@@ -191,9 +191,9 @@ def of_session(conn: sa.Connection, session: int) -> list[Turn]:
 
 
 def count_by_session(conn: sa.Connection) -> dict[int, int]:
-    """How many turns each session has, without reading them."""
+    """How many turns each session has, without reading them: those that a damaged index has in none are left out."""
     query = sa.select(turn.c.session, sa.func.count()).group_by(turn.c.session)
-    return {int(row): int(count) for row, count in conn.execute(query)}
+    return {row: int(count) for row, count in conn.execute(query) if isinstance(row, int)}
 
 
 def path_to(conn: sa.Connection, row: int | None) -> list[Turn]:
@@ -315,25 +315,36 @@ def states_of_session(conn: sa.Connection, session: int) -> list[TurnState]:
 
 
 def token_counts(conn: sa.Connection, session: int) -> list[tuple[int, int, int]]:
-    """(turn, start, end) of each turn state of a session, oldest first, without reading their tokens."""
+    """(turn, start, end) of each turn state of a session, oldest first, without reading their tokens.
+
+    Raises:
+        CorruptRow: what should be a number is not.
+    """
     query = (
-        sa.select(turn_state.c.turn, turn_state.c.start, turn_state.c.end)
+        sa.select(turn_state.c.id, turn_state.c.turn, turn_state.c.start, turn_state.c.end)
         .join(turn, turn.c.id == turn_state.c.turn)
         .where(turn.c.session == session)
         .order_by(turn_state.c.id)
     )
-    return [(row, start, end) for row, start, end in conn.execute(query)]
+    found = []
+    for row, *cells in conn.execute(query):
+        check_numbers(turn_state, row, cells)
+        found.append((cells[0], cells[1], cells[2]))
+    return found
 
 
 def held(conn: sa.Connection, session: int) -> set[str]:
-    """The ids of a session's turns whose state is held (or that stand on another's and have none of their own)."""
+    """The ids of a session's turns whose state is held (or that stand on another's and have none of their own).
+
+    A damaged id is left out: it is told where the turn itself is read.
+    """
     query = (
         sa.select(turn.c.public_id)
         .join(turn_state, turn_state.c.turn == turn.c.id)
         .where(turn.c.session == session)
         .where(turn_state.c.segment.is_not(None) | (turn_state.c.state_start == turn_state.c.state_end))
     )
-    return {public.hex() for public in conn.execute(query).scalars()}
+    return {public.hex() for public in conn.execute(query).scalars() if isinstance(public, bytes)}
 
 
 def owner_of(conn: sa.Connection, segment: int, position: int) -> TurnState | None:
