@@ -4,12 +4,17 @@ Three sides by turns, in one process, with one model: a conversation whose state
 its turns committed, but no state stored; and the decode loop alone, without a store, at the same lengths. A round is
 several turns without a pause, so the state of a reply is written while the next one is made. What is left to be written
 then is waited for before the next side, and not timed.
+
+A virtual machine's speed changes by more than storing costs, so beside the rates there is the processor time of the
+thread that stores, as a share of the time that the replies took: what storing takes away, if it gets in the way of all
+cores at once.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+import threading
 import time as clock
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +36,7 @@ QUICK = {"prefix": 256, "tokens": 12, "rounds": 3, "written": 2}
 
 
 def measure(folder: str, model: str, dtype: str, prefix: int, tokens: int, rounds: int) -> dict[str, list[float]]:
-    """In a process of its own: tokens a second of each side in each round."""
+    """In a process of its own: of each round the tokens a second of each side, and the writer's share of the time."""
     import kvloom
 
     engine = kvloom.load_engine(model, dtype=dtype)
@@ -47,17 +52,26 @@ def measure(folder: str, model: str, dtype: str, prefix: int, tokens: int, round
         live = engine.new_state(prefix + rounds * TURNS * (2 * tokens + 64))
         engine.prefill(live, ids(engine.tokenizer, prefix))
         rates: dict[str, list[float]] = {"stored": [], "unstored": [], "bare": []}
-        names = list(rates)
+        names, shares = list(rates), []
         for number in range(rounds):
             stored.flush()
+            before = _writer_seconds()
             for side in names[number % 3 :] + names[: number % 3]:  # each comes first as often as the others
                 if side == "bare":
                     rates[side].append(_bare(engine, live, number, tokens))
                 else:
                     rates[side].append(_talk(branches[side], number, tokens, said[side]))
                 stored.flush()
+            shares.append((_writer_seconds() - before) * rates["stored"][-1] / (TURNS * (tokens - 1)))
     assert said["stored"] == said["unstored"], "the two conversations are not the same"
-    return rates
+    return {**rates, "writer": shares}
+
+
+def _writer_seconds() -> float:
+    """Processor time of the thread that stores state."""
+    [writer] = [thread for thread in threading.enumerate() if thread.name == "kvloom-writer"]
+    assert writer.ident is not None
+    return clock.clock_gettime(clock.pthread_getcpuclockid(writer.ident))
 
 
 def _talk(branch: Any, number: int, tokens: int, said: list[str]) -> float:
@@ -130,13 +144,14 @@ def run(
     dtype: str = "float32",
     prefix: int = PREFIX,
     tokens: int = TOKENS,
-    rounds: int = 9,
+    rounds: int = 15,
     written: int = WRITTEN,
 ) -> dict[str, Any]:
     """Rates, and then bytes."""
     settings = {"model": model, "dtype": dtype, "prefix": prefix, "tokens": tokens}
     with tempfile.TemporaryDirectory() as folder:
         rates = in_new_process(measure, folder=folder, rounds=rounds, **settings)
+        writer = rates.pop("writer")
         counts = in_new_process(count_written, store=str(Path(folder) / "written.db"), turns=written, **settings)
     each = counts["a_process_a_turn"]
     return {
@@ -147,6 +162,7 @@ def run(
         "rates": {side: spread(values) for side, values in rates.items()},
         "cost": spread([1 - a / b for a, b in zip(rates["stored"], rates["unstored"], strict=True)]),
         "cost_of_bare": spread([1 - a / b for a, b in zip(rates["stored"], rates["bare"], strict=True)]),
+        "writer": spread(writer),
         "bytes": {name: spread(values) for name, values in each.items()},
         "file_of_rows": spread([a / b for a, b in zip(each["file"], each["rows"], strict=True)]),
         "all_of_rows": spread([(a + b) / c for a, b, c in zip(each["log"], each["file"], each["rows"], strict=True)]),
@@ -166,6 +182,7 @@ def section(found: Mapping[str, Any]) -> Section:
     rates = [[side, ranged(each)] for side, each in found["rates"].items()]
     rates.append(["storing costs, of unstored", f"{found['cost']['median']:.1%}"])
     rates.append(["storing costs, of bare", f"{found['cost_of_bare']['median']:.1%}"])
+    rates.append(["the writer's processor time, of the replies'", f"{found['writer']['median']:.1%}"])
     names = {"rows": "new rows", "log": "log", "file": "moved into the file", "grown": "the file grows by"}
     kilobytes = [[said, ranged(_thousandth(found["bytes"][name]))] for name, said in names.items()]
     kilobytes.append(["all that is written, over new rows", ranged(found["all_of_rows"])])
