@@ -172,4 +172,6 @@ def _differing(binding: Mapping[str, Any], live: ModelIdentity) -> list[tuple[st
 
 def _remember(session: Session, settings: Mapping[str, Any]) -> None:
     with session.loom.database.write() as conn:
+        if refs.session_of(conn, session.row.row).settings != session.row.settings:
+            raise SessionError(f"{session.name} was changed by another process", hint="open the session, and try again")
         session.row = refs.change_settings(conn, session.row.row, settings)

@@ -76,8 +76,12 @@ class Branch:
         reply; what was said so far is kept as an interrupted turn. Under the default template, for models that
         bring none, ``stop`` is ``kvloom.template.DEFAULT_STOP`` unless it is given (``stop=()``: nowhere).
 
+        One reply is generated at a time: until it is read to its end, or closed, other threads that say something wait,
+        and this one must not.
+
         Raises:
             InvalidText, ModelMismatch, ContextOverflow, ReuseRequired; nothing is stored then.
+            SessionError: another reply of this store is being read in this thread; or the sampling is wrong.
         """
         options = self._options(reuse, require_reuse, cancel, progress, exact=exact)
         parent, tip, prompt, messages, options = self._prompt(text, options)
@@ -287,10 +291,10 @@ class Branch:
             RefNotFound
         """
         with self._loom.database.write() as conn:
-            row = refs.resolve(conn, Ref(self.session.name, self.name, 0)).branch
+            row = self.session.resolve(conn, Ref(self.session.name, self.name, 0)).branch
             if row is None:
                 raise RefNotFound("branch", self.name)
-            to = refs.resolve(conn, self.session.ref(at)).turn
+            to = self.session.resolve(conn, self.session.ref(at)).turn
             kept = _keep(conn, row, to) if keep else None
             self._row = refs.move_branch(conn, row.row, row.turn, to)
         return kept
@@ -326,7 +330,7 @@ class Branch:
         check_model(self.session)
         root = self._loom.root
         with self._loom.database.read() as conn:
-            point = refs.resolve(conn, Ref(self.session.name, self.name, 0))
+            point = self.session.resolve(conn, Ref(self.session.name, self.name, 0))
             if point.branch is None:
                 raise RefNotFound("branch", self.name)
             self._row = point.branch

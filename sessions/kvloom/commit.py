@@ -136,20 +136,21 @@ class Commits:
     def _insert(self, conn: sa.Connection, addition: Addition) -> tuple[Turn, TurnState]:
         refs.check_session(conn, self._branch.session)
         loom, root, held, tip = self._loom, self._loom.root, addition.held, addition.tip
+        ids, start, new = addition.ids, addition.start, addition.new
         if held is not None:
             base = held.chain[-1].handle if held.chain else None
             state_start, state_end, hidden = held.captured, held.length, held.hidden
         else:
             stands = addition.stands
             if stands is None and tip is not None:
-                stands = Standing(Handle(tip.segment, tip.row), tip.state_end)
+                # Where the template rewrote history, the parent's state is that of other tokens from there on.
+                stands = Standing(Handle(tip.segment, tip.row), min(tip.state_end, start))
             base, hidden = (stands.handle, stands.hidden) if stands else (None, None)
             state_start = state_end = stands.end if stands else 0
         base_state = base.state if base else None
         if base is not None and base_state is None and base.segment is not None:
             owner = turns.owner_of(conn, base.segment, state_start)
             base_state = owner.row if owner else None
-        ids, start, new = addition.ids, addition.start, addition.new
         known = tip.position if tip is not None and start >= tip.end else None
         position = trie.extend(conn, root, ids, start_at=known)
         turn = new if isinstance(new, Turn) else self._turn(conn, new, addition.parent)

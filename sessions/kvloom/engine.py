@@ -165,14 +165,14 @@ class TransformersEngine:
         self._rope.reset()
         try:
             output = self._forward(live.cache, ids, start, last)
+            live.advance(len(ids))
+            if live.length % self.keyframe_spacing == 0:
+                live.keep_frame()
+            live.hidden = self._last_hidden
         except BaseException:
             live.truncate(start)
             live.recall()
             raise
-        live.advance(len(ids))
-        if live.length % self.keyframe_spacing == 0:
-            live.keep_frame()
-        live.hidden = self._last_hidden
         logits: torch.Tensor = output.logits[0]
         return logits
 
@@ -218,8 +218,8 @@ class TransformersEngine:
         that whatever a model does behind its decoder (scaling, soft-capping) is done here too.
         """
         decoder = self._base.forward
-        self._base.forward = lambda *_, **__: self._output_class(last_hidden_state=hidden)
         try:
+            self._base.forward = lambda *_, **__: self._output_class(last_hidden_state=hidden)
             with torch.inference_mode():
                 ids = torch.zeros((len(hidden), 1), dtype=torch.long, device=self.device)
                 output = self.model(input_ids=ids)

@@ -93,9 +93,8 @@ class Journal:
 
     def ended(self, conn: sa.Connection, _turns: object) -> None:
         """The replies' turns are being added: what was noted of them goes, in the same transaction."""
-        if self._is_there:
-            for run in self._runs:
-                journal.remove(conn, run)
+        for run in self._runs:  # also if none seems to be noted: Ctrl-C may have come behind the commit of a note
+            journal.remove(conn, run)
 
     def over(self) -> None:
         """The run is over; what is still noted (the turn could not be added) may be taken up."""

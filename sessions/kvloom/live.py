@@ -186,11 +186,16 @@ class LiveState:
         """Make room for so many tokens; what is held is copied if the buffers must grow."""
         if tokens <= self.capacity:
             return
-        old, held = self.tensors, max((layer.length for layer in self._row_layers), default=0)
-        self._allocate(max(tokens, self.capacity + self.capacity // 4))
-        for spec, new_tensors, old_tensors in zip(self.specs, self.tensors, old, strict=True):
-            for number in range(len(new_tensors)):
-                rows_of(spec, new_tensors, number, 0, held).copy_(rows_of(spec, old_tensors, number, 0, held))
+        was = self.capacity, self.tensors, self.source
+        held = max((layer.length for layer in self._row_layers), default=0)
+        try:
+            self._allocate(max(tokens, self.capacity + self.capacity // 4))
+            for spec, new_tensors, old_tensors in zip(self.specs, self.tensors, was[1], strict=True):
+                for number in range(len(new_tensors)):
+                    rows_of(spec, new_tensors, number, 0, held).copy_(rows_of(spec, old_tensors, number, 0, held))
+        except BaseException:  # Ctrl-C, or no memory: what is held is where it was
+            self.capacity, self.tensors, self.source = was
+            raise
         for layer in self._row_layers:
             layer.show(layer.length)
 
@@ -270,6 +275,7 @@ class LiveState:
 
     def put_frame(self, frame: Frame | None, position: int) -> None:
         """Let the state that is overwritten in place be this copy, taken at ``position``; None for the beginning."""
+        self.frame_at = None  # while it is neither the one nor the other
         for number, held in self._overwritten.items():
             held.put({} if frame is None else self._tensors_of(number, frame), position)
         self.frame_at = position

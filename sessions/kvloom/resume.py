@@ -14,8 +14,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kvloom.engine import Progress, TransformersEngine
-from kvloom.errors import EngineError, ReuseRequired, StoreError
+from kvloom.engine import Cancelled, Progress, TransformersEngine
+from kvloom.errors import EngineError, KVLoomError, ReuseRequired, SessionError, StoreError
 from kvloom.live import Link, LiveState
 from kvloom.passes import KEYFRAME_SPACING
 from kvloom.prefetch import Prefetch
@@ -43,6 +43,8 @@ class Resumer:
         self.root = root
         self.live: LiveState | None = None
         self._ahead: Prefetch | None = None  # what was read ahead counts where it is used first
+        self.suspended = False
+        """Whether a reply that is being generated on the live state waits for its caller to take what it has said."""
 
     def resume(
         self,
@@ -72,6 +74,35 @@ class Resumer:
             ReuseRequired: ``require_reuse``, and something would have to be replayed.
         """
         began, account = time.perf_counter(), Account(whole=whole, exact=exact, notices=self.writer.notices())
+        try:
+            live = self._brought(ids, tip, room, account, logits, require_reuse, cancel, progress)
+        except (Cancelled, KVLoomError):
+            raise
+        except BaseException:  # Ctrl-C anywhere: what is in memory may be half of something
+            self.forget()
+            raise
+        account.reused = max(0, live.length - account.replayed)  # more may have been run again than was kept
+        account.lossy = sum(link.end - link.start for link in live.chain if link.lossy)
+        if account.lossy:
+            account.notices.append(
+                f"the state of {account.lossy:,} of {live.length:,} tokens is lossy: it was stored with loss, or "
+                "follows from such state"
+            )
+        account.seconds = time.perf_counter() - began
+        return live, account
+
+    def _brought(
+        self,
+        ids: Sequence[int],
+        tip: TurnState | None,
+        room: int,
+        account: Account,
+        logits: bool,
+        require_reuse: bool,
+        cancel: threading.Event | None,
+        progress: Progress | None,
+    ) -> LiveState:
+        exact = account.exact
         live = self._live(len(ids) + room)
         if self._ahead is not None and self._ahead.plan is not None:
             count(account, self._ahead.plan.rows, self._ahead.plan.windows, self._ahead.bytes_read)
@@ -91,15 +122,7 @@ class Resumer:
             if known is not None and tip.hidden_dtype and live.hidden is None:
                 live.hidden = hidden_tensor(known, tip.hidden_dtype, self.engine.device)
         self._load_more(live, ids, tip, account, logits, cancel, progress)
-        account.reused = max(0, live.length - account.replayed)  # more may have been run again than was kept
-        account.lossy = sum(link.end - link.start for link in live.chain if link.lossy)
-        if account.lossy:
-            account.notices.append(
-                f"the state of {account.lossy:,} of {live.length:,} tokens is lossy: it was stored with loss, or "
-                "follows from such state"
-            )
-        account.seconds = time.perf_counter() - began
-        return live, account
+        return live
 
     def adopt(self, prefetch: Prefetch) -> None:
         """Begin with the state that was read while the model was being loaded."""
@@ -130,10 +153,13 @@ class Resumer:
         handle = Handle(state=state)
         base = live.chain[-1].handle if live.chain else None
         source, lossy = live.take_captured(), _is_lossy(live)
-        self.writer.submit(
-            Job(handle, source, position.node, start, end, base, live.layers, schedule, provenance, lossy)
-        )
-        live.chain.append(Link(handle, start, end, lossy))
+        job = Job(handle, source, position.node, start, end, base, live.layers, schedule, provenance, lossy)
+        try:
+            self.writer.submit(job)
+            live.chain.append(Link(handle, start, end, lossy))
+        except BaseException:  # Ctrl-C: if the job waits to read these rows, nobody may write over them
+            self.forget()
+            raise
 
     def leave(self, live: Held, state: int) -> None:
         """Let rows count as a turn's without storing them: a run without reuse keeps its schedule, not its state."""
@@ -177,6 +203,10 @@ class Resumer:
         self.live = None
 
     def _live(self, tokens: int) -> LiveState:
+        if self.suspended:  # in this very thread: others wait for the engine's lock
+            raise SessionError(
+                "a reply of this store is still being generated", hint="read it to its end, or close() it, first"
+            )
         if self.live is None:
             self.live = self.engine.new_state(tokens)
         if self.live.length > self.live.captured:  # a run that was given up left rows behind

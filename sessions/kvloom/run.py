@@ -85,6 +85,7 @@ class Run:
         self._computed = 0
         self._prefilled = 0.0
         self._has_noted = False
+        self._begun = False
 
     @property
     def reply(self) -> Reply:
@@ -96,8 +97,9 @@ class Run:
         return self._reply
 
     def __iter__(self) -> Iterator[str]:
-        if self._reply is not None:
-            raise SessionError("this run is over", hint="call say or stream again")
+        if self._begun:
+            raise SessionError("this run is over, or going on", hint="call say or stream again")
+        self._begun = True
         with self._engine.lock:
             try:
                 yield from self._run()
@@ -135,10 +137,10 @@ class Run:
         if self._message is not None:
             turn, state = self._add_message(live, account, passes)
             passes = []
-        if interrupted is not None:
-            raise interrupted
-        if logits is None:
+        if logits is None or interrupted is not None:
             self._finish(turn, "", INTERRUPTED, account, (), began, None, 0.0)
+            if interrupted is not None:
+                raise interrupted
             return
         yield from self._reply_from(live, logits, turn, state, account, passes, began)
 
@@ -177,7 +179,7 @@ class Run:
                     new = self._reply_turn(shown, INTERRUPTED, stream, counts, scores)
                     journal.note((self._commits, self._as_it_is(new, turn, state, tokens, live, passes, started)))
                 if piece:
-                    yield piece
+                    yield from self._paused(piece)
                 if token in self._engine.eos_ids or stream.stopped is not None:
                     reason = "stop"
                     break
@@ -185,25 +187,34 @@ class Run:
                     reason = "length"
                     break
         finally:  # also where the caller stops iterating
-            source.close()
-            rest = stream.finish()
-            text = "".join([*pieces, rest])
-            if tokens:
-                timings = {
-                    "first_token": (first or last) - began,
-                    "total": time.perf_counter() - began,
-                    "restore": account.seconds,
-                    **self._noted(account, len(tokens)),
-                }
-                new = self._reply_turn(text, reason, stream, timings, scores)
-                addition = self._as_it_is(new, turn, state, tokens, live, passes, started)
-                try:
+            try:
+                source.close()
+                rest = stream.finish()
+                text = "".join([*pieces, rest])
+                if tokens:
+                    timings = {
+                        "first_token": (first or last) - began,
+                        "total": time.perf_counter() - began,
+                        "restore": account.seconds,
+                        **self._noted(account, len(tokens)),
+                    }
+                    new = self._reply_turn(text, reason, stream, timings, scores)
+                    addition = self._as_it_is(new, turn, state, tokens, live, passes, started)
                     turn, state = commit_all(self._loom, [(self._commits, addition)], journal.ended)[0]
-                finally:
-                    journal.over()
+            finally:
+                journal.over()
             self._finish(turn, text, reason, account, tokens, began, first, last)
         if rest:
             yield rest
+
+    def _paused(self, piece: str) -> Iterator[str]:
+        """Give a piece away. Until the next one is asked for, nobody else may use the live state in this thread."""
+        resumer = self._loom.resumer
+        resumer.suspended = True
+        try:
+            yield piece
+        finally:
+            resumer.suspended = False
 
     def _reply_turn(
         self,

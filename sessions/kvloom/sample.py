@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kvloom.commit import Addition, Commits, Held, NewBranch, commit_all
+from kvloom.engine import Cancelled
 from kvloom.growing import Growing, Told, grow, grow_alone
 from kvloom.journal import Journal
 from kvloom.passes import joined
@@ -139,12 +140,30 @@ class SampleRun(Run):
     ) -> None:
         for number, path in enumerate(paths):
             if number:
-                live, _ = self._loom.resumer.resume(self._ids, state, room=path.budget, cancel=self._options.cancel)
-                assert live.hidden is not None
-                path.hidden, logits = live.hidden, self._engine.logits_of(live.hidden)
+                try:
+                    live, logits = self._from_the_start(path, turn, state)
+                except Cancelled:
+                    path.reason = "interrupted"
+                    return
+                path.hidden = live.hidden
             self._alone(path, live, logits, turn, state)
             if path.reason == "interrupted":
                 return
+
+    def _from_the_start(
+        self, path: Growing, turn: Turn | None, state: TurnState | None
+    ) -> tuple[LiveState, torch.Tensor]:
+        """The state that every path begins with; where it found no room meanwhile, or was dropped, computed anew."""
+        live, _ = self._loom.resumer.resume(self._ids, state, room=path.budget, cancel=self._options.cancel)
+        at = live.length
+        if at == len(self._ids) and live.hidden is not None:
+            return live, self._engine.logits_of(live.hidden)
+        logits = self._engine.prefill(live, self._ids[at:], cancel=self._options.cancel)
+        if turn is not None and state is not None:
+            commits = Commits(self._loom, self._commits.branch, again=True)
+            passes = list(self._engine.passes(at, len(self._ids)))
+            commits.add(turn, None, state, self._ids, state.start, live, passes)
+        return live, logits
 
     def _alone(
         self, path: Growing, live: LiveState, logits: torch.Tensor, turn: Turn | None, state: TurnState | None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from kvloom.binding import bindings, identified
 from kvloom.branch import Branch
-from kvloom.errors import NothingToDo, RefNotFound
+from kvloom.errors import NothingToDo, RefNotFound, RemovedMeanwhile
 from kvloom.listing import TreeTurn, listed
 from kvloom_proto.codecs import AUTO
 from kvloom_proto.scores import TokenScore, read_scores
@@ -112,7 +112,7 @@ class Session:
     def branch(self, name: str = MAIN) -> Branch:
         """A branch by name. Raises RefNotFound."""
         with self._loom.database.read() as conn:
-            point = refs.resolve(conn, Ref(self.name, name, 0))
+            point = self.resolve(conn, Ref(self.name, name, 0))
         if point.branch is None:
             raise RefNotFound("branch", name, [b.name for b in self.branches()])
         return Branch(self._loom, self, point.branch)
@@ -334,11 +334,9 @@ class Session:
 
     def tag(self, name: str, at: str | None = None) -> None:
         """A name that stays at a turn. Raises RefExists, RefNotFound, NothingToDo."""
-        ref = self.ref(at)
-        if self._loom.resolve(ref).turn is None:
-            raise NothingToDo("there is no turn to tag yet")
-        with self._settled(ref) as (conn, turn):
-            assert turn is not None
+        with self._settled(self.ref(at)) as (conn, turn):
+            if turn is None:
+                raise NothingToDo("there is no turn to tag yet")
             refs.add_tag(conn, self._row.row, name, turn)
 
     def pin(self, at: str | None = None) -> bool:
@@ -346,18 +344,16 @@ class Session:
 
         Raises RefNotFound, NothingToDo.
         """
-        ref = self.ref(at)
-        if self._loom.resolve(ref).turn is None:
-            raise NothingToDo("there is no turn to pin yet")
-        with self._settled(ref) as (conn, turn):
-            assert turn is not None
+        with self._settled(self.ref(at)) as (conn, turn):
+            if turn is None:
+                raise NothingToDo("there is no turn to pin yet")
             return pins.add(conn, turn)
 
     def unpin(self, at: str | None = None) -> bool:
         """Take the pin of the turn at a ref away; False if it had none. Raises RefNotFound."""
         ref = self.ref(at)
         with self._loom.database.write() as conn:
-            turn = refs.resolve(conn, ref).turn
+            turn = self.resolve(conn, ref).turn
             return turn is not None and pins.remove(conn, turn)
 
     def dropped(self, at: str | None = None) -> Dropped:
@@ -412,7 +408,7 @@ class Session:
 
         ref = self.ref(at)
         with self._loom.database.read() as conn:
-            point = refs.resolve(conn, ref)
+            point = self.resolve(conn, ref)
             shown = listed(conn, self._row.row, turns.path_to(conn, point.turn))
             if point.token is None:
                 return shown
@@ -432,7 +428,7 @@ class Session:
         """
         ref = self.ref(at.id if isinstance(at, TreeTurn) else at)
         with self._loom.database.read() as conn:
-            point = refs.resolve(conn, ref)
+            point = self.resolve(conn, ref)
             states = turns.states_of(conn, [point.turn]) if point.turn is not None else []
         state = next((each for each in states if each.scores is not None), None)
         if state is None or state.scores is None:
@@ -450,7 +446,7 @@ class Session:
     def discard(self, branch: Branch) -> bool:
         """Take a branch away, if it is still where it was when ``branch`` was read; whether it was. Turns stay."""
         with self._loom.database.write() as conn:
-            point = refs.resolve(conn, Ref(self.name, branch.name, 0))
+            point = self.resolve(conn, Ref(self.name, branch.name, 0))
             if point.branch is None or point.branch != branch.row:
                 return False
             refs.remove_branch(conn, point.branch.row)
@@ -476,14 +472,25 @@ class Session:
         """What a ref within this session names, taken apart (None: main). Raises InvalidName."""
         return parse_ref(f"{self.name}@{at}" if at else self.name)
 
+    def resolve(self, conn: sa.Connection, ref: Ref) -> refs.Point:
+        """What a ref of this session points at.
+
+        Raises:
+            RemovedMeanwhile: its name is another session's by now: this one was renamed, or removed, elsewhere.
+        """
+        point = refs.resolve(conn, ref)
+        if point.session.row != self._row.row:
+            raise RemovedMeanwhile
+        return point
+
     @contextmanager
     def _settled(self, ref: Ref) -> Iterator[tuple[sa.Connection, int | None]]:
         """A write transaction, and the turn a ref points at, made now if it names a token inside another turn."""
         with self._loom.database.read() as conn:
-            point = refs.resolve(conn, ref)
+            point = self.resolve(conn, ref)
         if point.token is None:
             with self._loom.database.write() as conn:
-                yield conn, refs.resolve(conn, ref).turn
+                yield conn, self.resolve(conn, ref).turn
             return
         from kvloom.partial import partial_of, span_of
         from kvloom.tokens import needed_tokenizer

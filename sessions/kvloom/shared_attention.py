@@ -39,8 +39,8 @@ _rows: contextvars.ContextVar[Rows] = contextvars.ContextVar("rows that the path
 def attending(config: Any, rows: Rows) -> Iterator[None]:
     """Let a model of this config attend over shared rows, for one pass. Put back afterwards."""
     before, token = config._attn_implementation, _rows.set(rows)
-    config._attn_implementation = NAME
     try:
+        config._attn_implementation = NAME
         yield
     finally:
         config._attn_implementation = before

@@ -135,9 +135,12 @@ class Database:
             if self._busy and not wait:
                 raise StoreLocked(f"{self.path} is being written", hint="try again")
             self._turns_waiting += not background
-            self._writing.wait_for(lambda: not self._busy and not (background and self._turns_waiting))
-            self._turns_waiting -= not background
-            self._busy = True
+            try:
+                self._writing.wait_for(lambda: not self._busy and not (background and self._turns_waiting))
+                self._busy = True
+            finally:  # also where Ctrl-C ends the wait: state would never be written any more
+                self._turns_waiting -= not background
+                self._writing.notify_all()
         try:
             yield
         finally:

@@ -75,8 +75,9 @@ class Writer:
             self._changed.wait_for(lambda: len(self._jobs) < MAX_JOBS)
             self._jobs.append(job)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="kvloom-writer", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="kvloom-writer", daemon=True)
+                thread.start()
+                self._thread = thread
             self._changed.notify_all()
 
     def flush(self) -> None:

@@ -9,9 +9,11 @@ import pytest
 from exact import whole
 from tiny import tiny_model, tiny_tokenizer
 
+from kvloom import binding
 from kvloom.engine import TransformersEngine
-from kvloom.errors import RefNotFound, RemovedMeanwhile
+from kvloom.errors import RefNotFound, RemovedMeanwhile, SessionError
 from kvloom.loom import KVLoom
+from kvloom_store import refs
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +83,24 @@ def test_a_session_removed_here_is_not_stood_on_by_the_next_one_that_says_the_sa
     loom.remove("talk")
     assert loom.session("new").branch().say("who?", max_tokens=3).notices == ()
     assert loom.find("keeps").branch().regenerate(max_tokens=3).reply.notices == ()
+
+
+def test_a_session_whose_name_is_anothers_by_now_is_told(loom: KVLoom, other: KVLoom) -> None:
+    session = loom.find("talk")
+    branch = session.branch()
+    other.find("talk").rename("old")
+    with other.database.write() as conn:
+        refs.create_session(conn, "talk", {})
+    for use in (lambda: branch.say("and then?"), lambda: session.fork("side"), lambda: session.tag("here")):
+        with pytest.raises(RemovedMeanwhile):
+            use()
+    assert other.find("talk").tree() == []
+    assert loom.find("old").branch().say("and then?", max_tokens=2).text is not None
+
+
+def test_settings_that_another_process_changed_are_not_written_over(loom: KVLoom, other: KVLoom) -> None:
+    session = loom.find("talk")
+    with other.database.write() as conn:
+        refs.change_settings(conn, session.row.row, {**session.row.settings, "model": "moved"})
+    with pytest.raises(SessionError, match="another process"):
+        binding._remember(session, dict(session.row.settings))
