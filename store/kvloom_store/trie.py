@@ -128,18 +128,18 @@ def _walk(conn: sa.Connection, root: int, packed: bytes, start_at: Position | No
         if not run:
             raise CorruptRow("node", (at,))
         for each in run:
-            # Where an edge stands on another one is in an index, too, which may be damaged.
-            if each["root"] != root or (
-                path and (each["parent"], each["parent_offset"]) != (path[-1].node, path[-1].offset)
-            ):
+            here = Position(each["id"], _matched(each, packed), each["start"])
+            if each["root"] != root or (path and not _follows(path[-1], each, here)):
                 raise CorruptRow("node", (each["id"],))
-            agree = _matched(each, packed)
-            if path and not agree:  # the first token is what it was looked up by
-                raise CorruptRow("node", (each["id"],))
-            path.append(Position(each["id"], agree, each["start"]))
+            path.append(here)
         # What goes on where the last edge ends was looked for; where the tokens leave it, a child may go on with them.
         at = _child(conn, root, path[-1], packed) if path[-1].offset < run[-1]["length"] else None
     return Match(path[-1], tuple(path))
+
+
+def _follows(above: Position, values: Mapping[str, Any], here: Position) -> bool:
+    """Whether a node is what was looked up behind a point: the index that led to it may be damaged."""
+    return (values["parent"], values["parent_offset"]) == (above.node, above.offset) and here.offset > 0
 
 
 @functools.cache

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from command import Command, Result
 from tiny import tiny_llama_folder
 
 from kvloom.cli import run
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Decoding in float32 rounds otherwise with two threads: what is compared is made with one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

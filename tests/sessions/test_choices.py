@@ -23,6 +23,8 @@ from kvloom.errors import ContextOverflow, InvalidText, NothingToDo, SessionErro
 from kvloom.live import LiveState
 from kvloom_store import schema
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUESTION = "Was it there?"
 CHOICES = ["yes", "no, it was not", "that is what they said"]
 
@@ -35,14 +37,6 @@ def loom(store_path: Path) -> Iterator[kvloom.KVLoom]:
     engine = kvloom.TransformersEngine(tiny_model("llama"), tiny_tokenizer(), name="tiny")
     with kvloom.open(store_path, model=engine) as opened:
         yield opened
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def counts(loom: kvloom.KVLoom) -> dict[str, int]:

@@ -17,6 +17,8 @@ from kvloom.errors import ContextOverflow, InvalidText, ModelMismatch, NothingTo
 from kvloom.passes import KEYFRAME_SPACING
 from kvloom_store import outlook, trie
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WORDS = "the and of to in is that it was for with his her had you not be as at on have him she which but said"
 
 
@@ -24,15 +26,6 @@ WORDS = "the and of to in is that it was for with his her had you not be as at o
 def engine(kind: str = "llama", seed: int = 0) -> kvloom.TransformersEngine:
     model = tiny_model(kind, seed=seed, max_position_embeddings=8192)
     return kvloom.TransformersEngine(model, tiny_tokenizer(), name="tiny")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Decoding in float32 rounds otherwise with two threads: what is compared here is made with one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from tiny import tiny_model, tiny_tokenizer
 from torture import flips
 
@@ -20,15 +18,9 @@ import kvloom.journal
 from kvloom.errors import CorruptRow, RefExists, StoreError
 from kvloom_store import refs, roots
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FLIPS = int(os.environ.get("KVLOOM_FLIPS", "120"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _empty(path: Path, indexes: str) -> None:

@@ -6,7 +6,6 @@ import functools
 import random
 import sqlite3
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +30,14 @@ from kvloom_store.fsck import repair as repairs
 from kvloom_store.fsck.mending import mended
 from kvloom_store.fsck.repair import Action
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NEXT = "And who else was there?"
 
 
 @functools.cache
 def engine(kind: str = "llama") -> kvloom.TransformersEngine:
     return kvloom.TransformersEngine(tiny_model(kind), tiny_tokenizer(), name="tiny")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @functools.cache

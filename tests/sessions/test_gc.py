@@ -6,7 +6,6 @@ import functools
 import io
 import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ from kvloom_store.names import parse_ref
 from kvloom_store.quota import Limits
 from kvloom_store.schema import chunk, pin, segment, turn_state
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KINDS = ("llama", "gemma3_text", "jamba")
 SYSTEM = "You are the one who was there with them."
 BRANCHES = ("main", "other", "third")
@@ -32,15 +33,6 @@ BRANCHES = ("main", "other", "third")
 @functools.cache
 def engine(kind: str = "llama") -> kvloom.TransformersEngine:
     return kvloom.TransformersEngine(tiny_model(kind), tiny_tokenizer(), name=f"tiny {kind}")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Decoding in float32 rounds otherwise with two threads: what is compared here is made with one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def opened(path: Path, kind: str = "llama") -> kvloom.KVLoom:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from exact.worker import frame_of, rows_of
 from tiny import tiny_model, tiny_tokenizer
 
@@ -20,18 +19,12 @@ from kvloom_store.names import parse_ref
 from kvloom_store.quota import Limits
 from kvloom_store.schema import meta, pin
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @functools.cache
 def engine() -> kvloom.TransformersEngine:
     return kvloom.TransformersEngine(tiny_model("llama"), tiny_tokenizer(), name="tiny")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

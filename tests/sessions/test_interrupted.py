@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from exact.worker import rows_of
 from tiny import tiny_model, tiny_tokenizer
 
@@ -17,15 +16,9 @@ from kvloom.errors import SessionError
 from kvloom.loom import KVLoom
 from kvloom_store.quota import Limits
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FIRST, NEXT = "hello there, who is it?", "and what was that?"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=["llama", "jamba"])

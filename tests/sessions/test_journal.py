@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,8 @@ from kvloom_store.refs import get_session, resolve
 from kvloom_store.schema import journal as table
 from kvloom_store.turns import best_state, states_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FIRST = "When was it that they were all there, and who said that it would be so?"
 HOW = {"max_tokens": 40, "temperature": 1.0, "seed": 11}
 
@@ -43,15 +44,6 @@ HOW = {"max_tokens": 40, "temperature": 1.0, "seed": 11}
 @functools.cache
 def engine(kind: str) -> TransformersEngine:
     return TransformersEngine(tiny_model(kind), tiny_tokenizer(), name=f"tiny {kind}", keyframe_spacing=64)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Decoding in float32 rounds otherwise with two threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

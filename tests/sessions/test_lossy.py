@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-import torch
 from command import Command, fails
 from tiny import tiny_model, tiny_tokenizer
 
@@ -18,20 +17,14 @@ from kvloom_store.schema import chunk, segment
 from kvloom_store.segments import CODED, DERIVED
 from kvloom_store.stats import stats
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LONG = " ".join(["the and of to it was"] * 100)
 
 
 @functools.cache
 def engine(kind: str = "llama") -> kvloom.TransformersEngine:
     return kvloom.TransformersEngine(tiny_model(kind), tiny_tokenizer(), name="tiny")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,8 @@ from kvloom import KVLoom, Reply, TransformersEngine
 from kvloom.errors import ModelMismatch, ReuseRequired, SessionError
 from kvloom.path import said
 from kvloom_store import trie, turns
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FIRST, SECOND, THIRD = "who was there with them?", "and what of the others?", "is there more?"
 HOW = {"max_tokens": 6}
@@ -30,14 +31,6 @@ def engine(name: str) -> TransformersEngine:
         tokenizer.chat_template = tokenizer.chat_template.replace("'\\n'", "': '")
     model = tiny_model("llama", seed="abc".index(name), vocab_size=len(tokenizer))
     return TransformersEngine(model, tokenizer, name=name)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def say(path: Path, name: str, text: str, at: str = "main", **options: object) -> Reply:

@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from command import Command, fails
 from tiny import tiny_model, tiny_tokenizer
 
 import kvloom
 from kvloom.errors import NothingToDo, UnknownCodec
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LONG = " ".join(["the and of to it was"] * 200)
 
@@ -26,14 +27,6 @@ LONG = " ".join(["the and of to it was"] * 200)
 def engine(kind: str = "llama") -> kvloom.TransformersEngine:
     model = tiny_model(kind, **({"max_position_embeddings": 16384} if kind == "llama" else {}))
     return kvloom.TransformersEngine(model, tiny_tokenizer(), name="tiny")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

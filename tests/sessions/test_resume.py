@@ -45,6 +45,8 @@ from kvloom_store.names import parse_ref
 from kvloom_store.schema import chunk, node, segment, turn, turn_state
 from kvloom_store.turns import TurnState
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SYSTEM = "You are the one who was there with them."
 FIRST = "When was it that they were all there, and who said that it would be so?"
 SECOND = "And what would you have said to her, had you been there?"
@@ -54,15 +56,6 @@ THIRD = "Who else was there?"
 @functools.cache
 def engine(kind: str = "llama", dtype: str = "float32") -> TransformersEngine:
     return TransformersEngine(tiny_model(kind, dtype), tiny_tokenizer(), name=f"tiny {kind}")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Decoding in float32 rounds otherwise with two threads: what is compared here is made with one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def opened(path: Path) -> KVLoom:

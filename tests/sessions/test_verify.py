@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import sqlite3
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,18 +18,12 @@ from kvloom_proto.records import pack, read_manifest
 from kvloom_store import schema
 from kvloom_store.checksum import digest, row_checksum
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @functools.cache
 def engine(kind: str = "llama", seed: int = 0) -> kvloom.TransformersEngine:
     return kvloom.TransformersEngine(tiny_model(kind, seed=seed), tiny_tokenizer(), name="tiny", keyframe_spacing=16)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def talk(path: Path, kind: str = "llama") -> None:

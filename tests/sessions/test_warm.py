@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from command import Command, fails
 from tiny import tiny_llama_folder, tiny_model, tiny_tokenizer
 
@@ -21,6 +20,8 @@ from kvloom.errors import ModelMismatch
 from kvloom_store import refs, turns
 from kvloom_store.schema import chunk
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LONG = " ".join(["the and of to it was"] * 400)
 
 
@@ -28,14 +29,6 @@ LONG = " ".join(["the and of to it was"] * 400)
 def engine(kind: str = "llama", seed: int = 0) -> kvloom.TransformersEngine:
     model = tiny_model(kind, seed=seed, max_position_embeddings=16384)
     return kvloom.TransformersEngine(model, tiny_tokenizer(), name="tiny")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
