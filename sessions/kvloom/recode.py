@@ -56,7 +56,7 @@ def survey_json(session: str, at: str, found: Survey) -> dict[str, Any]:
 def survey(session: Session, ref: Ref) -> Survey:
     """What the state down to a ref takes in the file. Raises RefNotFound."""
     session.loom.flush()
-    point = session.loom.resolve(ref)
+    point = session.point(ref)
     with session.loom.database.read() as conn:
         return stored.survey(conn, point.turn, point.branch.row if point.branch is not None else None)
 

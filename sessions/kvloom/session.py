@@ -140,7 +140,7 @@ class Session:
     def checkout(self, at: str) -> Branch:
         """The branch at a ref; a new one, named after main, where the ref is not a branch."""
         ref = self.ref(at)
-        point = self._loom.resolve(ref)
+        point = self.point(ref)
         if point.branch is not None:
             return Branch(self._loom, self, point.branch)
         with self._settled(ref) as (conn, turn):
@@ -222,7 +222,7 @@ class Session:
         """
         from kvloom.warm import missing
 
-        return missing(self, self._loom.resolve(self.ref(at)).turn, verify=verify, exact=exact)
+        return missing(self, self.point(self.ref(at)).turn, verify=verify, exact=exact)
 
     def warm(
         self,
@@ -241,7 +241,7 @@ class Session:
         from kvloom.warm import warm
 
         ref = self.ref(at)
-        turn, name = self._loom.resolve(ref).turn, ref.point or MAIN
+        turn, name = self.point(ref).turn, ref.point or MAIN
         return warm(self, turn, name, exact=exact, cancel=cancel, progress=progress)
 
     def survey(self, at: str | None = None) -> Survey:
@@ -360,7 +360,7 @@ class Session:
         """What of the state down to a ref was dropped, and what bringing it back takes; no model is needed."""
         from kvloom.dropped import dropped
 
-        return dropped(self, self._loom.resolve(self.ref(at)).turn)
+        return dropped(self, self.point(self.ref(at)).turn)
 
     def tree(self) -> list[TreeTurn]:
         """Every turn, oldest first: parents come before their children."""
@@ -482,6 +482,11 @@ class Session:
         if point.session.row != self._row.row:
             raise RemovedMeanwhile
         return point
+
+    def point(self, ref: Ref) -> refs.Point:
+        """The same, in a snapshot of its own."""
+        with self._loom.database.read() as conn:
+            return self.resolve(conn, ref)
 
     @contextmanager
     def _settled(self, ref: Ref) -> Iterator[tuple[sa.Connection, int | None]]:

@@ -92,7 +92,7 @@ def accept(session: Session, at: str | None) -> str | None:
     if at is None:
         raise NothingToDo("main cannot be moved to before the first turn", hint="go to a turn first")
     main = session.branch(MAIN)
-    if main.row.turn == session.loom.resolve(session.ref(at)).turn:
+    if main.row.turn == session.point(session.ref(at)).turn:
         raise NothingToDo("main is here already", hint="go to the turn that main should be at")
     return main.move_to(at, keep=True)
 

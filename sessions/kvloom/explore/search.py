@@ -199,7 +199,7 @@ class Search:
 
     def _begin(self, at: str | None, prompt: str | None, name: str, resume: bool) -> Exploration:
         session, ref = self._session, self._session.ref(at)
-        turn = self._loom.resolve(ref).turn
+        turn = session.point(ref).turn
         if prompt is not None:
             turn = self._said_before(name, prompt) if resume else None
             turn = turn if turn is not None else self._say(at, prompt, name)
@@ -226,7 +226,7 @@ class Search:
         return last.row if last is not None and (last.role, last.text) == ("user", prompt) else None
 
     def _say(self, at: str | None, prompt: str, name: str) -> int:
-        point = self._loom.resolve(self._session.ref(at))
+        point = self._session.point(self._session.ref(at))
         plan = PlannedBranch(self._session, point.turn, [Given({"role": "user", "content": prompt})], name, name)
         plan.run(cancel=self._cancel)
         turn = plan.branch.row.turn
