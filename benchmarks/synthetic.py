@@ -223,6 +223,7 @@ class Builder:
             complete=1,
             created=self._now,
             lossy=0,
+            merged=0,
         )
         waiting = self._rows.setdefault(schema.chunk.name, [])
         waiting += [segments.chunk_row(row, spec, blob) for spec, blob in zip(chunks, blobs, strict=True)]

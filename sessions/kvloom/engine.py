@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -290,12 +290,13 @@ class TransformersEngine:
         schedule: Schedule,
         recorded: Provenance,
         *,
+        keep: Collection[int] = (),
         cancel: threading.Event | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Run recorded passes again, exactly: with the recorded thread count, which is put back afterwards.
 
-        ``ids`` are the tokens of the whole path.
+        ``ids`` are the tokens of the whole path. At positions in ``keep`` a keyframe is kept.
 
         Raises:
             EngineError: the schedule does not go on where ``live`` ends.
@@ -315,6 +316,8 @@ class TransformersEngine:
                     if progress is not None:
                         progress(start - first, len(ids) - first)
                     self.run_pass(live, ids[start:end])
+                    if end in keep:
+                        live.keep_frame()
 
     def bring_forward(
         self,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import sqlalchemy as sa
 import torch
 
-from kvloom.live import TORCH_DTYPES, LiveState
+from kvloom.live import TORCH_DTYPES, Link, LiveState
 from kvloom_proto.records import LayerKind
 from kvloom_store import loading, planner, restore
 from kvloom_store.rows import RowBuffer
@@ -36,13 +37,20 @@ class Account:
 def rows_in_memory(live: LiveState, reads: Sequence[planner.Read]) -> int:
     """How many leading rows in memory belong to the same segments as those of a plan."""
     kept = 0
-    for link, read in zip(live.chain, reads, strict=False):
-        if link.handle.segment != read.segment or link.start != read.start:
+    for (segment, start, end), read in zip(_by_segment(live.chain), reads, strict=False):
+        if segment != read.segment or start != read.start:
             break
-        kept = min(link.end, read.end)
-        if link.end != read.end:
+        kept = min(end, read.end)
+        if end != read.end:
             break
     return kept
+
+
+def _by_segment(chain: Sequence[Link]) -> Iterator[tuple[int | None, int, int]]:
+    """Which rows [start, end) belong to which segment: several turns' may be in one."""
+    for segment, some in itertools.groupby(chain, key=lambda link: link.handle.segment):
+        links = list(some)
+        yield segment, links[0].start, links[-1].end
 
 
 def read_plan(

@@ -153,7 +153,8 @@ class Resumer:
         handle = Handle(state=state)
         base = live.chain[-1].handle if live.chain else None
         source, lossy = live.take_captured(), _is_lossy(live)
-        job = Job(handle, source, position.node, start, end, base, live.layers, schedule, provenance, lossy)
+        below = len(live.chain)
+        job = Job(handle, source, position.node, start, end, base, live.layers, schedule, provenance, lossy, below)
         try:
             self.writer.submit(job)
             live.chain.append(Link(handle, start, end, lossy))
@@ -192,7 +193,8 @@ class Resumer:
             self._load(live, link.base_segment, link.start, account, cancel, progress)
         live.keep_frame()
         live.reserve(link.end)
-        self.engine.replay(live, ids, link.schedule, recorded, cancel=cancel, progress=progress)
+        keyframes = link.manifest.keyframes  # one for each turn of it
+        self.engine.replay(live, ids, link.schedule, recorded, keep=keyframes, cancel=cancel, progress=progress)
         done = self._heal(live, segment, link.node, link.schedule, link.provenance, None)
         if not done:
             live.truncate(live.captured)
@@ -257,6 +259,7 @@ class Resumer:
         """
         if _holds(live, tip, upto):
             return
+        wanted = upto
         self._flush(live, account)  # from here on every piece of state has its row
         to_replay: list[tuple[TurnState, int, bool]] = []
         state: TurnState | None = tip
@@ -284,6 +287,10 @@ class Resumer:
                 self._wait(account)
                 if self._loaded(live, state.segment, end, account):
                     continue
+                if self._holds_others(state):
+                    self._mend_or_give_up(live, state.segment, account, cancel, progress)
+                    self._bring_back(live, tip, wanted, account, require_reuse, cancel, progress)
+                    return
             self._replay(live, state, damaged, account, cancel, progress)
             account.replayed += state.state_end - state.state_start
             self._cut_back(live, end, account)
@@ -395,6 +402,35 @@ class Resumer:
             with self.database.write() as conn:
                 turns.set_segment(conn, state, segment, base)
         return True
+
+    def _holds_others(self, state: TurnState) -> bool:
+        """Whether the segment of a turn's state holds that of other turns, too."""
+        assert state.segment is not None
+        with self.database.read() as conn:
+            try:
+                link = restore.chain(conn, state.segment)[-1]
+            except StateDamaged:  # each turn knows how its part was computed
+                return False
+        return (link.start, link.end) != (state.state_start, state.state_end)
+
+    def _mend_or_give_up(
+        self,
+        live: LiveState,
+        segment: int,
+        account: Account,
+        cancel: threading.Event | None,
+        progress: Progress | None,
+    ) -> None:
+        """Compute a damaged segment of several turns again; if it does not come out as it was, nobody reads it any more
+        and each of the turns is computed by itself."""
+        try:
+            whole = self.mend(segment, cancel=cancel, progress=progress)
+            account.replayed += live.length - live.chain[-1].start if whole else 0
+            whole = whole and self._loaded(live, segment, live.length, account)
+        except (StoreError, EngineError):
+            whole = False
+        if not whole:
+            healing.give_up(self.database, segment)
 
     def _load_or_empty(
         self,

@@ -19,7 +19,7 @@ import msgpack
 import platformdirs
 import sqlalchemy as sa
 
-from kvloom_store import checksum, fulltext, schema, sqlite
+from kvloom_store import checksum, fulltext, migrations, schema, sqlite
 from kvloom_store.errors import SchemaTooNew, StoreLocked, StoreUnavailable
 
 BUSY_MS = 30_000
@@ -77,9 +77,17 @@ class Database:
         if version > schema.SCHEMA_VERSION:
             raise SchemaTooNew(version, schema.SCHEMA_VERSION)
         if version == 0:
-            with self.write() as conn:
+            with self._write(background=False, wait=True) as conn:
                 if sqlite.identify(conn, self.path) == 0:  # another process may have been first
                     self._create(conn)
+        elif version < schema.SCHEMA_VERSION:
+            if self.read_only:
+                raise StoreUnavailable(
+                    f"{self.path} was written by an older kvloom, and cannot be brought to this one: it is read-only",
+                    hint="copy it, and open the copy",
+                )
+            with self.queued(background=False):
+                migrations.migrate(self.engine, self.path)
 
     @staticmethod
     def _create(conn: sa.Connection) -> None:
@@ -98,6 +106,7 @@ class Database:
         """A snapshot of the store: everything read inside belongs together."""
         with sqlite.translated(self.path), self.engine.begin() as conn:
             try:
+                _check_version(conn)
                 yield conn
             except BaseException:
                 # A query that was given up half way keeps its snapshot for as long as somebody holds the error, and
@@ -117,6 +126,15 @@ class Database:
         """
         if self.read_only:
             raise StoreUnavailable(f"{self.path} is read-only", hint="change its permissions")
+        with self._write(background=background, wait=wait) as conn:
+            _check_version(conn)
+            yield conn
+        if background and sqlite.log_is_long(self.path):
+            with contextlib.suppress(StoreLocked, StoreUnavailable), sqlite.translated(self.path):
+                sqlite.move_log(self.engine)  # where it cannot be moved (a full disk) all of it stays, and is safe
+
+    @contextmanager
+    def _write(self, *, background: bool, wait: bool) -> Iterator[sa.Connection]:
         with (
             sqlite.translated(self.path),
             self.queued(background, wait),
@@ -124,9 +142,6 @@ class Database:
             conn.begin(),
         ):
             yield conn
-        if background and sqlite.log_is_long(self.path):
-            with contextlib.suppress(StoreLocked, StoreUnavailable), sqlite.translated(self.path):
-                sqlite.move_log(self.engine)  # where it cannot be moved (a full disk) all of it stays, and is safe
 
     @contextmanager
     def queued(self, background: bool, wait: bool = True) -> Iterator[None]:
@@ -157,6 +172,13 @@ class Database:
     def close(self) -> None:
         """Close every connection; nothing may be read or written afterwards."""
         self.engine.dispose()
+
+
+def _check_version(conn: sa.Connection) -> None:
+    """A newer kvloom may have brought the store to its schema while it was open here."""
+    version = sqlite.version(conn)
+    if version != schema.SCHEMA_VERSION:
+        raise SchemaTooNew(version, schema.SCHEMA_VERSION)
 
 
 def allocate(conn: sa.Connection, table: sa.Table) -> int:

@@ -38,6 +38,9 @@ def heal(database: Database, source: Captured, segment_id: int, draft: segments.
                 return True
             conn.execute(segment.update().where(segment.c.id == segment_id).values(complete=0))
             return False
+        if (values["start"], values["end"]) != (draft.start, draft.end):  # several turns' state, of which this is one's
+            update(conn, segment, values, complete=0)
+            return False
         if values["base_segment"] != draft.base_segment and _is_there(conn, values["base_segment"]):
             update(conn, segment, values, complete=0)
             return False
@@ -78,6 +81,14 @@ def heal(database: Database, source: Captured, segment_id: int, draft: segments.
     return True
 
 
+def give_up(database: Database, segment_id: int) -> None:
+    """Mark a segment so that nobody reads it any more; its turns know how their parts of it were computed."""
+    with database.write() as conn:
+        row = conn.execute(sa.select(segment).where(segment.c.id == segment_id)).one_or_none()
+        if row is not None:
+            update(conn, segment, checked(segment, row), complete=0)
+
+
 def _is_there(conn: sa.Connection, base: int | None) -> bool:
     """Whether what a segment stood on (None: nothing) can still be read."""
     if base is None:
@@ -116,5 +127,6 @@ def _rewrite(
         "complete": 1,
         "created": now_us(),
         "lossy": segments.DERIVED if draft.lossy else 0,
+        "merged": 0,  # what it was is lost: its path may be merged a little more than others
     }
     conn.execute(segment.update().where(segment.c.id == segment_id).values(**checksum.sealed(segment, values)))

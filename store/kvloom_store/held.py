@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +41,8 @@ def longest(
     for first in range(0, len(deepest), QUERY_NODES):  # from the end up: what is found there reaches furthest
         if best is not None and min(deepest[first].depth, at_most) < best.end:
             break
-        for values in rows.of_nodes([position.node for position in deepest[first : first + QUERY_NODES]]):
-            end = min(values["end"], depth[values["node"]], at_most)
+        for values, node, reaches in rows.at_nodes([each.node for each in deepest[first : first + QUERY_NODES]]):
+            end = min(reaches, depth[node], at_most)
             if end <= values["start"] or (exact and values["lossy"]):
                 continue
             if on is not None and not _stands_on(rows, values, on, on_end):
@@ -61,9 +62,22 @@ class _Segments:
         self._conn = conn
         self._rows: dict[int, dict[str, Any]] = {}
 
-    def of_nodes(self, nodes: list[int]) -> list[dict[str, Any]]:
-        """Those whose last token is in one of these nodes."""
-        return self._read(segment.c.node.in_(nodes))
+    def at_nodes(self, nodes: list[int]) -> Iterator[tuple[dict[str, Any], int, int]]:
+        """Those that hold state in one of these nodes: the row, the node, and to which position they hold it there.
+
+        Their last token is in the node, or that of a turn whose state is in one with the state of later turns.
+        """
+        for values in self._read(segment.c.node.in_(nodes)):
+            yield values, values["node"], values["end"]
+        c = turn_state.c
+        inside = (c.state_end > c.state_start) & (c.node != segment.c.node)
+        query = sa.select(turn_state).join(segment, segment.c.id == c.segment).where(c.node.in_(nodes), inside)
+        for row in self._conn.execute(query).all():
+            with contextlib.suppress(CorruptRow):
+                state = checked(turn_state, row)
+                held = self.get(state["segment"])
+                if held is not None and state["node"] in nodes:
+                    yield held, state["node"], state["state_end"]
 
     def get(self, row: int) -> dict[str, Any] | None:
         """The one in a row, if it is there."""

@@ -66,21 +66,29 @@ def state_bytes(conn: sa.Connection) -> int:
     return int(conn.execute(sa.select(sa.func.coalesce(sa.func.sum(segment.c.stored_bytes), 0))).scalar_one())
 
 
+def check_disk(conn: sa.Connection, path: Path, expected: int = 0) -> None:
+    """Make sure that as much of the disk is free as is to stay so, once ``expected`` more bytes are written.
+
+    Raises:
+        NoRoom
+    """
+    disk = shutil.disk_usage(path.absolute().parent)
+    floor = read(conn).free_floor(disk.total)
+    if disk.free - expected < floor:
+        raise NoRoom(
+            f"only {disk.free - expected >> 20:,} MiB would be free on the disk, and {floor >> 20:,} are to stay so",
+            hint="free some disk, run kvloom gc, or set another limit with kvloom quota --min-free",
+        )
+
+
 def check(conn: sa.Connection, path: Path) -> None:
     """Refuse state that was written in this transaction, if it leaves the store over its quota or too little disk free.
 
     Raises:
         NoRoom: the transaction is to be undone.
     """
-    limits = read(conn)
-    disk = shutil.disk_usage(path.absolute().parent)
-    floor = limits.free_floor(disk.total)
-    if disk.free < floor:
-        raise NoRoom(
-            f"only {disk.free >> 20:,} MiB would be free on the disk, and {floor >> 20:,} are to stay so",
-            hint="free some disk, run kvloom gc, or set another limit with kvloom quota --min-free",
-        )
-    taken = state_bytes(conn)
+    check_disk(conn, path)
+    limits, taken = read(conn), state_bytes(conn)
     if limits.max_state is not None and taken > limits.max_state:
         raise NoRoom(
             f"state would take {taken / 1e6:,.1f} MB, more than the store's quota of {limits.max_state / 1e6:,.1f} MB",

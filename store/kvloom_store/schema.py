@@ -1,4 +1,4 @@
-"""Schema version 1. SCHEMA.md says what each table is for and which invariants hold between them.
+"""Schema version 2. SCHEMA.md says what each table is for and which invariants hold between them.
 
 Text and tokens (session, branch, tag, turn, turn_state, node) are the truth; state (segment, chunk) is a
 cache of it. Row ids never leave the store: users see names and turn ids.
@@ -22,7 +22,7 @@ from sqlalchemy import (
     text,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 metadata = MetaData()
 
@@ -115,12 +115,13 @@ segment = _table(
     _int("complete"),
     _int("created"),
     _int("lossy"),
+    _int("merged"),
     # Of incomplete ones alone: every program that opens a store looks for those, and there are next to none.
     Index("segment_incomplete", "created", sqlite_where=text("complete = 0"), postgresql_where=text("complete = 0")),
 )
 """State of positions [start, end), computed on top of base_segment's rows [0, start). Its last token is in node.
 lossy: 0, or the sum of 1 (its rows are stored with loss; digest is that of the exact ones) and 2 (it was computed on
-rows that were not exact)."""
+rows that were not exact). merged: bytes of it that were stored before, in the small segments it was made from."""
 
 PLACE = "inline"
 """Where the bytes of a chunk are: in its row."""

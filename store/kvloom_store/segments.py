@@ -285,6 +285,7 @@ def _insert_incomplete(conn: sa.Connection, draft: Draft, content: bytes) -> int
         "complete": 0,
         "created": now_us(),
         "lossy": DERIVED if draft.lossy else 0,
+        "merged": 0,
     }
     insert(conn, segment, values)
     return new

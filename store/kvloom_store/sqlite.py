@@ -132,11 +132,11 @@ def _quoted(path: Path) -> str:
 def identify(conn: sa.Connection, path: Path) -> int:
     """The schema version of the file: 0 for an empty one. Raises NotAStore."""
     application = conn.exec_driver_sql("PRAGMA application_id").scalar_one()
-    version = int(conn.exec_driver_sql("PRAGMA user_version").scalar_one())
+    found = version(conn)
     if application == APPLICATION_ID:
-        return version
+        return found
     tables = conn.exec_driver_sql("SELECT count(*) FROM sqlite_master").scalar_one()
-    if application or version or tables:
+    if application or found or tables:
         raise NotAStore(str(path))
     return 0
 
@@ -145,6 +145,24 @@ def mark(conn: sa.Connection, version: int) -> None:
     """Stamp the file as a kvloom store of this schema version."""
     conn.exec_driver_sql(f"PRAGMA application_id={APPLICATION_ID}")
     conn.exec_driver_sql(f"PRAGMA user_version={version:d}")
+
+
+def version(conn: sa.Connection) -> int:
+    """The schema version that the file says it has."""
+    return int(conn.exec_driver_sql("PRAGMA user_version").scalar_one())
+
+
+def put_aside(conn: sa.Connection, table: sa.Table) -> str:
+    """Call a table otherwise, so that it can be made anew under its name, in a transaction ``in_any_order``; how it is
+    called now. What other tables say of it is then said of the new one; its indexes go."""
+    quote = conn.dialect.identifier_preparer.quote
+    aside = f"{table.name}_before"
+    conn.exec_driver_sql("PRAGMA legacy_alter_table=ON")
+    conn.exec_driver_sql(f"ALTER TABLE {quote(table.name)} RENAME TO {quote(aside)}")
+    query = "SELECT name FROM sqlite_master WHERE type = 'index' AND tbl_name = ? AND sql IS NOT NULL"
+    for name in conn.exec_driver_sql(query, (aside,)).scalars().all():
+        conn.exec_driver_sql(f"DROP INDEX {quote(name)}")
+    return aside
 
 
 def forget_table(conn: sa.Connection, name: str, behind: Sequence[str]) -> None:
@@ -227,14 +245,16 @@ def data_version(conn: sa.Connection) -> int:
 
 @contextmanager
 def in_any_order(engine: sa.Engine) -> Iterator[sa.Connection]:
-    """A transaction in which rows may be written before those that they name."""
-    with engine.connect() as conn:
+    """A write transaction in which rows may be written before those that they name."""
+    with engine.connect().execution_options(kvloom_write=True) as conn:
         driver = conn.connection.driver_connection
         assert driver is not None
         driver.execute("PRAGMA foreign_keys=OFF")  # of no effect once a transaction has begun
-        with conn.begin():
-            yield conn
-        conn.invalidate()
+        try:
+            with conn.begin():
+                yield conn
+        finally:
+            conn.invalidate()  # nobody else is to be handed such a connection
 
 
 def checkpoint(engine: sa.Engine) -> None:

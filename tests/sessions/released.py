@@ -74,7 +74,8 @@ def _codecs(links: Any) -> list[str]:
 
 def write(path: Path) -> None:
     """A store with some of everything: two models of other shapes, one session that both have read, branches that leave
-    a path between turns and inside one, small deltas, a tag, a pin, replies that went on, codecs, dropped state."""
+    a path between turns and inside one, small deltas, some of them merged, a tag, a pin, replies that went on, codecs.
+    """
     import torch
     from tiny import tiny_model, tiny_tokenizer
 
@@ -114,6 +115,10 @@ def write(path: Path) -> None:
         read.branch("aside").say("and more?", **how)
     with opened("llama") as loom:
         loom.find("talk").warm("aside")  # so that both have state of it
+        loom.session("long").branch().say("what was said of them, and by whom, and why then? " * 12, **how)
+    for _ in range(26):
+        with opened("llama") as loom:
+            loom.find("long").branch().say("why?", **{**how, "max_tokens": 2})
 
 
 def main() -> None:

@@ -56,6 +56,21 @@ def test_a_newer_store_is_refused(store_path: Path):
     assert caught.value.found == schema.SCHEMA_VERSION + 1
 
 
+def test_who_has_a_store_open_that_a_newer_version_takes_over_is_told_and_touches_nothing(store_path: Path):
+    database = Database(store_path)
+    with sqlite3.connect(store_path) as raw:
+        raw.execute(f"PRAGMA user_version={schema.SCHEMA_VERSION + 1}")
+    raw.close()
+    with pytest.raises(SchemaTooNew), database.read():
+        pass
+    with pytest.raises(SchemaTooNew), database.write() as conn:
+        conn.execute(schema.meta.delete())
+    with sqlite3.connect(store_path) as raw:
+        assert raw.execute("SELECT count(*) FROM meta").fetchone() == (2,)
+    raw.close()
+    database.close()
+
+
 def test_a_folder_is_refused(tmp_path: Path):
     with pytest.raises(StoreUnavailable):
         Database(tmp_path)

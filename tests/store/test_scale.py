@@ -177,7 +177,7 @@ def test_a_path_of_many_nodes_is_matched_in_two_statements_and_only_the_state_at
         assert found is not None
         assert found.end == len(ids)
         statements, steps = work(conn, lambda: held.longest(conn, match, at_most=len(ids)))
-        assert statements == 1
+        assert statements == 2
         assert steps < 60 * held.QUERY_NODES
         half = held.longest(conn, match, at_most=len(ids) // 2)
         assert half is not None

@@ -7,9 +7,13 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+from older import make_schema_1
 
 from kvloom.engine import TransformersEngine
 from kvloom.errors import KVLoomError, StoreError
+from kvloom_store import merging, writer
 from torture import checking, forks, workload
 from torture.checking import Acknowledged, listed
 from torture.forks import Child, Tell
@@ -32,9 +36,11 @@ SCRIPT = [
     workload.fork,
     workload.recode,
     workload.move,
+    workload.merge,
     workload.gc,
 ]
-"""Each operation at least once; ``begin`` has been before, so that there are sessions."""
+"""Each operation at least once; ``begin`` and ``short_turns`` have been before, so that there are sessions. Opening the
+store brings it from schema 1 to this one."""
 
 
 @dataclass
@@ -64,14 +70,17 @@ def torture(folder: Path, engine: TransformersEngine, seed: int, *, step: int = 
 
 
 def begun(folder: Path, engine: TransformersEngine, seed: int, found: Failures) -> tuple[Path, Acknowledged]:
-    """A store that some things were said in, and what was acknowledged of it."""
+    """A store of schema 1 that some things were said in, and what was acknowledged of it."""
     base, known = folder / "base.db", Acknowledged()
 
     def begin(tell: Tell) -> None:
         world = World(base, engine, random.Random(f"{seed} base"), tell)
         for _ in range(4):
             workload.perform(world, workload.begin)
-        world.loom.close()
+        with mock.patch.object(writer, "FEW_SEGMENTS", 10**9), mock.patch.object(merging, "FEW_SEGMENTS", 10**9):
+            workload.perform(world, workload.short_turns)
+            world.loom.close()
+        make_schema_1(base)
 
     base.unlink(missing_ok=True)
     child = Child(begin)

@@ -13,7 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy as sa
 from exact.worker import WORDS, frame_of, rows_of
+from older import make_schema_1
 
 from kvloom.branch import Branch
 from kvloom.engine import TransformersEngine
@@ -23,12 +25,16 @@ from kvloom.session import Session
 from kvloom_proto.codecs import LOSSLESS
 from kvloom_store import refs, trie, turns
 from kvloom_store.names import parse_ref
+from kvloom_store.schema import segment
 from kvloom_store.turns import TurnState
 from torture.forks import Tell
 
 SYSTEM = "You are the one who was there with them."
 LONGEST = 500
 """Tokens of a path; longer ones are left alone, or the tiny models' contexts would end."""
+
+SHORT_TURNS = 26
+"""Exchanges behind which some of their state is merged."""
 
 
 class World:
@@ -207,6 +213,43 @@ def reopen(world: World) -> str:
     return world.session().name
 
 
+def short_turns(world: World) -> str:
+    """A long message, and many short turns that are each stored by themselves."""
+    branch = world.begun()
+    _run(world, branch, "stream", " ".join(world.rng.choice(WORDS) for _ in range(150)))
+    for _ in range(SHORT_TURNS):
+        _said(world, branch, "And?")
+        world.loom.flush()
+    return branch.session.name
+
+
+def merge(world: World) -> str:
+    """Something said in the session with the most turns, and the store closed, which merges small segments."""
+    longest = max(world.loom.sessions(), key=lambda each: len(each.tree()))
+    _said(world, longest.branch())
+    reopen(world)
+    return longest.name
+
+
+def consolidate(world: World) -> str:
+    """Both."""
+    name = short_turns(world)
+    reopen(world)
+    with world.loom.database.read() as conn:
+        merged = conn.execute(sa.select(segment.c.id).where(segment.c.merged > 0)).first()
+    assert merged is not None or world.noticed
+    return name
+
+
+def migrate(world: World) -> str:
+    """The store as a kvloom of schema 1 would have left it, opened by this one."""
+    engine, path = world.loom.engine, world.loom.database.path
+    world.loom.close()
+    make_schema_1(path)
+    world.loom = KVLoom(path, model=engine)
+    return world.session().name
+
+
 Operation = Callable[[World], str]
 
 OPERATIONS: list[tuple[Operation, int]] = [
@@ -227,11 +270,13 @@ OPERATIONS: list[tuple[Operation, int]] = [
     (recode, 1),
     (move, 1),
     (reopen, 1),
+    (consolidate, 1),
+    (migrate, 1),
 ]
 
 
-def _said(world: World, branch: Branch) -> str:
-    return _run(world, branch, "stream", world.text())
+def _said(world: World, branch: Branch, text: str | None = None) -> str:
+    return _run(world, branch, "stream", world.text() if text is None else text)
 
 
 def _run(world: World, branch: Branch, what: str, *args: str) -> str:

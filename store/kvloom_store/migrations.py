@@ -1,0 +1,48 @@
+"""Stores of older schema versions, brought to this one: forward only, in one transaction when they are opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgpack
+import sqlalchemy as sa
+
+from kvloom_store import scan, sqlite
+from kvloom_store.checksum import digest, row_checksum
+from kvloom_store.schema import SCHEMA_VERSION, segment
+
+
+def migrate(engine: sa.Engine, path: Path) -> None:
+    """Bring a store to the version after its own, and so on, unless another process was first.
+
+    Whatever happens meanwhile, the file is of one version or of the other. Rows that are damaged stay so, for a check
+    to find; of a page that cannot be read nothing is taken over.
+    """
+    with sqlite.in_any_order(engine) as conn:
+        for version in range(sqlite.identify(conn, path), SCHEMA_VERSION):
+            _STEPS[version](conn)
+        sqlite.mark(conn, SCHEMA_VERSION)
+
+
+def _merged(conn: sa.Connection) -> None:
+    """1 to 2: segments say how much of them was stored before, in smaller ones. Until now nothing was."""
+    aside = sqlite.put_aside(conn, segment)
+    columns = [column for column in segment.columns if column.name != "merged"]
+    before = sa.Table(aside, sa.MetaData(), *(sa.Column(each.name, each.type) for each in columns))
+    segment.create(conn)
+    for found in scan.scan(conn, before):
+        if isinstance(found, scan.Gap):
+            continue
+        was = found[1].pop("checksum")
+        row = {**found[1], "merged": 0}
+        try:
+            sound = was == digest(msgpack.packb([segment.name, *found[1].values()]))
+        except (TypeError, ValueError, OverflowError):  # a damaged cell may be anything
+            sound = False
+        scan.add(conn, segment, {**row, "checksum": row_checksum(segment, row) if sound else was})
+    before.drop(conn)
+
+
+_STEPS: dict[int, Callable[[sa.Connection], None]] = {1: _merged}
+"""What brings a store of a version to the next one."""
