@@ -350,7 +350,9 @@ def _told(conn: sa.Connection, facts: Facts, made: Plan) -> Collected:
             if root not in facts.paces:
                 return None
             tokens = sum(held[each].tokens for each in mine)
-            total += facts.paces[root].exact(tokens, sum(min(singly[each], held[each].tokens) for each in mine))
+            ends = set(mine) - {held[each].base for each in mine}
+            alone = sum(min(singly[each], held[each].tokens) for each in mine)
+            total += facts.paces[root].exact(tokens, alone, len(ends))
         return total
 
     lost = [Lost(each.name, each.tokens, each.seconds, exact(each.segments)) for each in made.touched]

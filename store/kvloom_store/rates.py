@@ -19,6 +19,11 @@ LONG_ENOUGH = 64
 """Tokens of a prefill from which its speed is that of the long ones that reuse stands in for."""
 
 
+BESIDE = 0.08
+"""Seconds to bring a path back beside the model's own: finding what is missing, reading what is there, committing,
+storing. 0.06 to 0.14 were measured; it only counts where a model is tiny."""
+
+
 @dataclass(frozen=True, slots=True)
 class Speed:
     """Prefill on this machine, as this store's turns have timed it: tokens a second, over so many measurements of at
@@ -40,36 +45,39 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """What it takes to compute state on this machine: ``begin`` seconds for each run and ``token`` for each of its
-    tokens, and ``single`` for a token that is run alone, as those of replies are."""
+    """What it takes to compute state on this machine: ``begin`` seconds for each path that is brought back and
+    ``token`` for each of its tokens, and ``single`` for a token that is run alone, as those of replies are."""
 
     begin: float
     token: float
     single: float
 
     def prefill(self, tokens: float) -> float:
-        """Seconds of one run over so many tokens."""
+        """Seconds of computing so many tokens of a path in one run."""
         return self.begin + self.token * tokens if tokens else 0.0
 
-    def exact(self, tokens: int, singly: int) -> float:
-        """Seconds of running recorded passes again, ``singly`` of whose tokens were run alone."""
-        return self.prefill(tokens - singly) + self.single * singly
+    def exact(self, tokens: int, singly: int, paths: int = 1) -> float:
+        """Seconds of running recorded passes of some paths again, ``singly`` of whose tokens were run alone."""
+        return self.begin * paths * bool(tokens) + self.token * (tokens - singly) + self.single * singly
 
 
 def pace(timed: Sequence[Turn]) -> Pace | None:
     """The pace that some turns were computed at; None if none of them was timed.
 
     A line through what the prefills took, by the least squares of relative errors: a short one is mostly its beginning,
-    a long one mostly its tokens, and which of them will have to be run again is not known.
+    a long one mostly its tokens, and which of them will have to be run again is not known. Of those that went on from
+    state, if there are any: some models have to be fed token by token there.
     """
-    points = [(float(turn.timings["tokens"]["computed"]), turn.timings["prefill"]) for turn in timed if _is_timed(turn)]
+    prefills = [turn for turn in timed if _is_timed(turn)]
+    prefills = [turn for turn in prefills if turn.timings["tokens"].get("reused")] or prefills
+    points = [(float(turn.timings["tokens"]["computed"]), turn.timings["prefill"]) for turn in prefills]
     single = _single(timed)
     if single is not None:
         points.append((1.0, single))
     if not points:
         return None
     begin, token = _line(points)
-    return Pace(begin, token, single if single is not None else begin + token)
+    return Pace(begin + BESIDE, token, single if single is not None else begin + token)
 
 
 def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -91,8 +91,9 @@ def crowd(found: Any) -> str:
             ("errors the writers were told", listed(found.errors)),
             ("reads of a session and its main branch", found.reads),
             ("of them of a session that was removed in that moment", found.reads_that_met_a_removal),
-            ("a read, median (ms)", found.read_median_ms),
-            ("a read, worst (ms)", found.read_worst_ms),
+            ("a process's first read, worst (ms): it imports what it needs", found.first_read_worst_ms),
+            ("a read after that, median (ms)", found.read_median_ms),
+            ("a read after that, worst (ms)", found.read_worst_ms),
             ("**other errors, lost turns, wrong bits**", len(found.wrong)),
         ]
     )

@@ -108,7 +108,7 @@ def parts(folder: Path, size: Size, seed: int) -> dict[str, Callable[[], Any]]:
         "flips_real": flips_real,
         "full": full,
         "models": lambda: others.torture(at("models")),
-        "gc": lambda: collected.torture(at("gc"), makers, seed, timed=(REAL,)),
+        "gc": lambda: collected.torture(at("gc"), makers, seed, timed=makers if size.real else ()),
         "crowd": lambda: crowd.torture(at("crowd"), first, seed, writers=writers, readers=readers, seconds=seconds),
         "commits": lambda: commits.torture(at("commits"), first, seed, rounds=size.rounds, timed=size.real),
     }
