@@ -83,16 +83,14 @@ def _is_small(link: Link) -> bool:
 def _together(links: Sequence[Link]) -> Iterator[list[Link]]:
     """Runs of small segments, each on the end of the one before, of as many tokens as one should have."""
     run: list[Link] = []
-    for link in links:
-        fits = _is_small(link) and (not run or _follows(link, run[-1]))
-        if run and not (fits and link.end - run[0].start <= MOST_TOKENS):
-            if run[-1].end - run[0].start >= LEAST_TOKENS:
+    for link in [*links, None]:
+        goes_on = link is not None and _is_small(link) and (not run or _follows(link, run[-1]))
+        if run and (link is None or not goes_on or link.end - run[0].start > MOST_TOKENS):
+            if len(run) > 1 and run[-1].end - run[0].start >= LEAST_TOKENS:
                 yield run
             run = []
-        if _is_small(link):
+        if link is not None and _is_small(link):
             run.append(link)
-    if run and run[-1].end - run[0].start >= LEAST_TOKENS:
-        yield run
 
 
 def _follows(link: Link, before: Link) -> bool:

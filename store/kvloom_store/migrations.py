@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import sqlalchemy as sa
@@ -11,6 +13,9 @@ import sqlalchemy as sa
 from kvloom_store import scan, sqlite
 from kvloom_store.checksum import digest, row_checksum
 from kvloom_store.schema import SCHEMA_VERSION, segment
+
+BATCH = 500
+"""Rows that are written at once."""
 
 
 def migrate(engine: sa.Engine, path: Path) -> None:
@@ -31,17 +36,21 @@ def _merged(conn: sa.Connection) -> None:
     columns = [column for column in segment.columns if column.name != "merged"]
     before = sa.Table(aside, sa.MetaData(), *(sa.Column(each.name, each.type) for each in columns))
     segment.create(conn)
-    for found in scan.scan(conn, before):
-        if isinstance(found, scan.Gap):
-            continue
-        was = found[1].pop("checksum")
-        row = {**found[1], "merged": 0}
-        try:
-            sound = was == digest(msgpack.packb([segment.name, *found[1].values()]))
-        except (TypeError, ValueError, OverflowError):  # a damaged cell may be anything
-            sound = False
-        scan.add(conn, segment, {**row, "checksum": row_checksum(segment, row) if sound else was})
+    readable = (found[1] for found in scan.scan(conn, before) if not isinstance(found, scan.Gap))
+    while batch := [_unmerged(row) for row in itertools.islice(readable, BATCH)]:
+        scan.add(conn, segment, *batch)
     before.drop(conn)
+
+
+def _unmerged(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of version 1 in version 2; if it was damaged, it is."""
+    was = row.pop("checksum")
+    try:
+        sound = was == digest(msgpack.packb([segment.name, *row.values()]))
+    except (TypeError, ValueError, OverflowError):  # a damaged cell may be anything
+        sound = False
+    row["merged"] = 0
+    return {**row, "checksum": row_checksum(segment, row) if sound else was}
 
 
 _STEPS: dict[int, Callable[[sa.Connection], None]] = {1: _merged}

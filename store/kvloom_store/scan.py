@@ -123,9 +123,10 @@ def delete_at(conn: sa.Connection, table: sa.Table, rowid: int) -> None:
     conn.exec_driver_sql(f"DELETE FROM {quote(table.name)} WHERE rowid = ?", (rowid,))
 
 
-def add(conn: sa.Connection, table: sa.Table, cells: Mapping[str, Any]) -> None:
-    """Add a row, unless it cannot stand beside those that are there."""
+def add(conn: sa.Connection, table: sa.Table, *rows: Mapping[str, Any]) -> None:
+    """Add rows of the same columns, but for those that cannot stand beside others that are there."""
     quote = conn.dialect.identifier_preparer.quote
-    names = ", ".join(quote(name) for name in cells)
-    marks = ", ".join("?" * len(cells))
-    conn.exec_driver_sql(f"INSERT OR IGNORE INTO {quote(table.name)} ({names}) VALUES ({marks})", tuple(cells.values()))
+    names = ", ".join(quote(name) for name in rows[0])
+    marks = ", ".join("?" * len(rows[0]))
+    sql = f"INSERT OR IGNORE INTO {quote(table.name)} ({names}) VALUES ({marks})"
+    conn.exec_driver_sql(sql, [tuple(row.values()) for row in rows])

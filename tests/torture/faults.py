@@ -43,6 +43,9 @@ SCRIPT = [
 store brings it from schema 1 to this one."""
 
 
+FEW_TURNS = 6
+
+
 @dataclass
 class Failures:
     """What was found over all runs."""
@@ -75,10 +78,10 @@ def begun(folder: Path, engine: TransformersEngine, seed: int, found: Failures) 
 
     def begin(tell: Tell) -> None:
         world = World(base, engine, random.Random(f"{seed} base"), tell)
-        for _ in range(4):
+        for _ in range(3):
             workload.perform(world, workload.begin)
         with mock.patch.object(writer, "FEW_SEGMENTS", 10**9), mock.patch.object(merging, "FEW_SEGMENTS", 10**9):
-            workload.perform(world, workload.short_turns)
+            workload.perform(world, short_turns)
             world.loom.close()
         make_schema_1(base)
 
@@ -90,8 +93,14 @@ def begun(folder: Path, engine: TransformersEngine, seed: int, found: Failures) 
     return base, known
 
 
+def short_turns(world: World) -> str:
+    """So many that ``merge`` merges some, as the script is run: few, as every run brings all of them back."""
+    return workload.short_turns(world, FEW_TURNS)
+
+
 def script(path: Path, engine: TransformersEngine, seed: int, tell: Tell) -> None:
     """Each operation of the script; one that is refused is told of, with what is there now, and the next one begins."""
+    mock.patch.multiple(merging, FEW_SEGMENTS=FEW_TURNS // 2, LEAST_TOKENS=40).start()
     try:
         world = World(path, engine, random.Random(f"{seed} script"), tell, noticed=True)
     except KVLoomError as error:

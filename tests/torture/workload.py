@@ -213,19 +213,19 @@ def reopen(world: World) -> str:
     return world.session().name
 
 
-def short_turns(world: World) -> str:
+def short_turns(world: World, count: int = SHORT_TURNS) -> str:
     """A long message, and many short turns that are each stored by themselves."""
     branch = world.begun()
-    _run(world, branch, "stream", " ".join(world.rng.choice(WORDS) for _ in range(150)))
-    for _ in range(SHORT_TURNS):
+    _run(world, branch, "stream", " ".join(world.rng.choice(WORDS) for _ in range(6 * count)))
+    for _ in range(count):
         _said(world, branch, "And?")
         world.loom.flush()
     return branch.session.name
 
 
 def merge(world: World) -> str:
-    """Something said in the session with the most turns, and the store closed, which merges small segments."""
-    longest = max(world.loom.sessions(), key=lambda each: len(each.tree()))
+    """Something said where the path is the longest, and the store closed, which merges small segments."""
+    longest = max(world.loom.sessions(), key=lambda each: len(each.log("main")))
     _said(world, longest.branch())
     reopen(world)
     return longest.name
