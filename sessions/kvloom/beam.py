@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from kvloom.errors import SessionError
 from kvloom.filters import check_usable, float32
 from kvloom.growing import Growing, Told
+from kvloom.journal import Journal
 from kvloom.sample import SampleRun
 from kvloom.sampling import check_siblings
 from kvloom.scores import TokenScore, scores_of
@@ -211,7 +212,8 @@ class Beams:
 
 
 class BeamRun(SampleRun):
-    """A run that ends in the likeliest replies, best first; stopped, the running beams are kept as they are.
+    """A run that ends in the likeliest replies, best first; stopped, the running beams are kept as they are. Of one
+    that is killed those are kept that were the best when they were noted.
 
     What the search ran is counted with the best reply: the others stand on passes that it shares, or that led nowhere.
     """
@@ -225,18 +227,27 @@ class BeamRun(SampleRun):
     def _decode(self, live: LiveState, logits: torch.Tensor, turn: Turn | None, state: TurnState | None) -> None:
         root = self._path(0, live)
         siblings = Siblings(self._engine, live, live.length, [0], root.budget)
-        self._beams = Beams(self._engine, siblings, [root], self._search)
+        self._beams = beams = Beams(self._engine, siblings, [root], self._search)
+        journal = Journal(self._loom, self._search.width)
+
+        def step(chosen: int) -> None:
+            best = beams.found[: self._search.width]
+            if len(best) == self._search.width:
+                self._note(journal, best, [path.state(live.chain, live.layers) for path in best], turn, state)
+            self._tell(chosen)
+
         try:
-            self._beams.search(logits[None], cancel=self._options.cancel, told=self._told_steps)
+            beams.search(logits[None], cancel=self._options.cancel, told=step)
         finally:
-            self._paths = self._beams.found
-            self._commit(self._paths, [path.state(live.chain, live.layers) for path in self._paths], turn, state)
+            self._paths = beams.found
+            held = [path.state(live.chain, live.layers) for path in self._paths]
+            self._commit(self._paths, held, turn, state, journal)
 
     def _score(self, path: Growing) -> float:
         return self._search.normalised(path.logprob, len(path.tokens))
 
     def _ran(self, path: Growing) -> int:
-        return self._beams.ran if self._beams is not None and path is self._paths[0] else 0
+        return self._beams.ran if self._beams is not None and self._paths and path is self._paths[0] else 0
 
     def _settings_for(self, path: Growing) -> dict[str, Any]:
         search = asdict(self._search)

@@ -76,6 +76,20 @@ def sampled(path: Path, kind: str, dies_at: int | None = None) -> Branch:
     return branch
 
 
+def searched(path: Path, kind: str, dies_at: int | None = None) -> Branch:
+    """A beam search, and the process killed, if it is to be, when so many steps are taken."""
+    branch = KVLoom(path, model=engine(kind)).session("talk", system="You are brief.").branch()
+    seen: list[int] = []
+
+    def told(tokens: int) -> None:
+        seen.append(tokens)
+        if len(seen) == dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    branch.beaming(FIRST, width=3, told=told, max_tokens=40).finished()
+    return branch
+
+
 def tokens_of(branch: Branch) -> Any:
     """A run, looked at after every token: pieces of text may have several, or none."""
     run = branch.stream(FIRST, **HOW)
@@ -178,6 +192,21 @@ def test_of_replies_that_were_sampled_and_killed_each_is_kept_on_a_branch_of_its
             assert any(tokens[: len(found.tokens)] == found.tokens for tokens in expected)
             reply = branch.continue_reply(max_tokens=2).reply
             assert reply.tokens.replayed > 0
+        loom.flush()
+        with loom.database.read() as conn:
+            whole.check(conn)
+
+
+def test_of_a_beam_search_that_was_killed_the_best_replies_there_were_are_kept(tmp_path: Path) -> None:
+    killed(tmp_path / "killed.db", "llama", 21, "searched")
+    with KVLoom(tmp_path / "killed.db", model=engine("llama")) as loom:
+        assert journalled(loom) == 0
+        found = [last_state(loom, f"talk@{kept.branch}") for kept in loom.kept]
+        assert [len(each.tokens) for each in found] == [16] * 3
+        best = loom.session("again", system="You are brief.").branch().beam(FIRST, width=3, max_tokens=16)
+        assert [each.tokens for each in found] == [last_state(loom, f"again@{b.reply.branch}").tokens for b in best]
+        for kept in loom.kept:
+            assert loom.find("talk").branch(kept.branch).continue_reply(max_tokens=2).reply.tokens.replayed > 0
         loom.flush()
         with loom.database.read() as conn:
             whole.check(conn)
@@ -321,4 +350,6 @@ def test_a_process_is_known_by_its_number_and_its_start() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     kvloom.journal.SHARE = float("inf")
-    {"said": said, "sampled": sampled}[sys.argv[4]](Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    {"said": said, "sampled": sampled, "searched": searched}[sys.argv[4]](
+        Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    )
