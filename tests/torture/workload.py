@@ -135,6 +135,15 @@ def sample(world: World) -> str:
     return branch.session.name
 
 
+def beam(world: World) -> str:
+    """The likeliest two replies, where the model's paths can be decoded together."""
+    branch = world.branch()
+    if world.loom.engine.apart is not None:
+        return _said(world, branch)
+    branch.beam(world.text(), width=2, max_tokens=10)
+    return branch.session.name
+
+
 def edit(world: World) -> str:
     """A past message said otherwise, on a new branch, what follows it appended again."""
     branch = world.branch()
@@ -261,6 +270,7 @@ OPERATIONS: list[tuple[Operation, int]] = [
     (regenerate, 3),
     (continue_reply, 3),
     (sample, 1),
+    (beam, 1),
     (edit, 1),
     (undo, 1),
     (explore, 1),
