@@ -1,7 +1,8 @@
 """Restoring a conversation of many short turns, against the same tokens computed by one prefill.
 
-Every turn's state is a segment of its own. Turns and prompt are given, so that both stores hold the same tokens; they
-were closed before they are restored from, in turn, in one process with the model loaded, into fresh memory.
+The turns were added by one process, or each exchange by one of its own, as ``kvloom say`` does it. Turns and prompt are
+given, so that all stores hold the same tokens; they were closed before they are restored from, in turn, in one process
+with the model loaded, into fresh memory.
 """
 
 from __future__ import annotations
@@ -19,23 +20,23 @@ from benchmarks.common import machine, spread, words
 TOKENS = 4096
 REPLIES = 200
 NEW = 16
-NAMES = ("replies", "prompt")
+NAMES = ("replies", "processes", "prompt")
 DTYPES = ("float32", "bfloat16")
 QUICK = {"rounds": 1, "tokens": 512, "replies": 10, "dtypes": ("float32",)}
 
 
 def prepare(folder: Path, dtype: str, tokens: int, replies: int) -> None:
-    """Two stores of the same tokens: one of so many exchanges, a message and a reply each, and one of one message."""
+    """Three stores of the same tokens: two of so many exchanges, a message and a reply each, and one of one message."""
     from kvloom.append import Append
     from kvloom.commit import Commits
     from kvloom.loom import KVLoom, load_engine
     from kvloom.steps import NewTurn, Step
-    from kvloom_store import refs
+    from kvloom_store import refs, turns
 
     engine = load_engine("smollm2", dtype=dtype)
     ids = engine.tokenizer(words(engine.tokenizer, tokens + 100))["input_ids"][:tokens]
-    for name, turns in zip(NAMES, (2 * replies, 1), strict=True):
-        cuts = [tokens * number // turns for number in range(turns + 1)]
+    for name, count, together in zip(NAMES, (2 * replies, 2 * replies, 1), (2 * replies, 2, 1), strict=True):
+        cuts = [tokens * number // count for number in range(count + 1)]
         steps = [
             Step(
                 NewTurn({"role": "user" if n % 2 == 0 else "assistant", "content": engine.tokenizer.decode(ids[a:b])}),
@@ -44,11 +45,17 @@ def prepare(folder: Path, dtype: str, tokens: int, replies: int) -> None:
             )
             for n, (a, b) in enumerate(itertools.pairwise(cuts))
         ]
-        with KVLoom(folder / f"{name}.db", model=engine, codec="raw") as loom:
-            session = loom.session("talk")
-            with loom.database.read() as conn:
-                branch = refs.branches(conn, session.row.row)[0]
-            Append(loom, Commits(loom, branch), None, None, []).run("talk", steps)
+        for first in range(0, count, together):
+            with KVLoom(folder / f"{name}.db", model=engine, codec="raw") as loom:
+                session, tip = loom.session("talk"), None
+                with loom.database.read() as conn:
+                    branch = refs.branches(conn, session.row.row)[0]
+                    parent = turns.get(conn, branch.turn) if branch.turn is not None else None
+                    if parent is not None:
+                        tip = turns.states_of(conn, [parent.row])[-1]
+                Append(loom, Commits(loom, branch), parent, tip, ids[: steps[first].start]).run(
+                    "talk", steps[first : first + together]
+                )
 
 
 def measure(folder: Path, dtype: str, rounds: int) -> dict[str, Any]:
@@ -77,17 +84,19 @@ def measure(folder: Path, dtype: str, rounds: int) -> dict[str, Any]:
 def run(
     rounds: int = 9, *, tokens: int = TOKENS, replies: int = REPLIES, dtypes: tuple[str, ...] = DTYPES
 ) -> dict[str, Any]:
-    """Each dtype: seconds of a restore, and how many times those of one prompt that of many replies takes."""
+    """Each dtype: seconds of a restore, and how many times those of one prompt that of many replies takes, added by one
+    process (``times``) and by as many (``processes_times``)."""
     results: dict[str, Any] = {"machine": machine(), "tokens": tokens, "replies": replies}
     for dtype in dtypes:
         with tempfile.TemporaryDirectory() as folder:
             _child("prepare", folder, dtype, str(tokens), str(replies))
             found = json.loads(_child("measure", folder, dtype, str(rounds)))
-        many, one = (found["seconds"][name] for name in NAMES)
+        many, each, one = (found["seconds"][name] for name in NAMES)
         results[dtype] = {
             **{name: spread(found["seconds"][name]) for name in NAMES},
             "segments": found["segments"],
             "times": spread([a / b for a, b in zip(many, one, strict=True)]),
+            "processes_times": spread([a / b for a, b in zip(each, one, strict=True)]),
         }
     return results
 
