@@ -31,9 +31,8 @@ MAX_JOBS = 256
 """Jobs waiting before whoever hands over another one has to wait."""
 
 GATHER_SECONDS = 5.0
-"""How long state waits for more to be written with: what a process that is killed must run again
-grows by what it ran in so long. Whoever flushes does not wait."""
-
+"""How long state waits for more to be written with: what a process that is killed must run again grows by what it ran
+in so long. Whoever flushes does not wait."""
 
 TIPS = 8
 MERGE_BYTES = 64 << 20

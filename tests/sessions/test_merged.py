@@ -140,6 +140,22 @@ def test_it_is_gone_on_from_and_forked_as_if_nothing_had_been_merged(said: Said,
     assert found[:3] == found[3:]
 
 
+def test_short_turns_wait_for_one_another_so_long_and_no_longer(said: Said) -> None:
+    with opened(said(merged=False)) as loom:
+        branch, stored = loom.find("talk").branch(), loom.writer
+        stored.gather_seconds = 1e6
+        for _ in range(3):
+            branch.say("why?", max_tokens=2)
+        assert len(stored._jobs) == 6
+        stored.gather_seconds = 0.01
+        branch.say("why?", max_tokens=2)
+        with stored._changed:
+            assert stored._changed.wait_for(lambda: not stored._jobs and not stored._busy, timeout=60)
+        assert findings(loom) == []
+    sizes = [row["end"] - row["start"] for row in segments(loom.database.path)]
+    assert max(sizes[-3:]) > 40, "what waited was written as one"
+
+
 def test_no_more_than_half_of_a_path_is_written_again(tmp_path: Path) -> None:
     talk(tmp_path / "s.db", exchanges=2 * EXCHANGES)
     rows = segments(tmp_path / "s.db")
