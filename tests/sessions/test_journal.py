@@ -48,8 +48,10 @@ def engine(kind: str) -> TransformersEngine:
 
 @pytest.fixture(autouse=True)
 def _at_every_eighth_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tiny model's tokens come so fast that noting them would take more than its share."""
+    """A tiny model's tokens come so fast that noting them would take more than its share; on a busy machine so slowly
+    that a second is over before there are eight."""
     monkeypatch.setattr(kvloom.journal, "SHARE", float("inf"))
+    monkeypatch.setattr(kvloom.journal, "EVERY_S", float("inf"))
 
 
 def said(path: Path, kind: str, dies_at: int | None = None) -> Branch:
@@ -254,6 +256,7 @@ def test_noting_takes_no_more_than_its_share_but_happens_every_second(
 ) -> None:
     now = 100.0
     monkeypatch.setattr(kvloom.journal, "SHARE", 0.01)
+    monkeypatch.setattr(kvloom.journal, "EVERY_S", 1.0)
     monkeypatch.setattr(kvloom.journal.time, "perf_counter", lambda: now)
     with KVLoom(tmp_path / "kvloom.db") as loom:
         noted = kvloom.journal.Journal(loom)
@@ -349,7 +352,7 @@ def test_a_process_is_known_by_its_number_and_its_start() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    kvloom.journal.SHARE = float("inf")
+    kvloom.journal.SHARE = kvloom.journal.EVERY_S = float("inf")
     {"said": said, "sampled": sampled, "searched": searched}[sys.argv[4]](
         Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     )
