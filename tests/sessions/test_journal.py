@@ -6,6 +6,7 @@ Run as a program this file is the process that is killed: its arguments are a st
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -204,8 +205,9 @@ def test_of_a_beam_search_that_was_killed_the_best_replies_there_were_are_kept(t
     with KVLoom(tmp_path / "killed.db", model=engine("llama")) as loom:
         assert journalled(loom) == 0
         found = [last_state(loom, f"talk@{kept.branch}") for kept in loom.kept]
-        assert [len(each.tokens) for each in found] == [16] * 3
-        best = loom.session("again", system="You are brief.").branch().beam(FIRST, width=3, max_tokens=16)
+        steps = len(found[0].tokens)
+        assert 16 <= steps <= 21
+        best = loom.session("again", system="You are brief.").branch().beam(FIRST, width=3, max_tokens=steps)
         assert [each.tokens for each in found] == [last_state(loom, f"again@{b.reply.branch}").tokens for b in best]
         for kept in loom.kept:
             assert loom.find("talk").branch(kept.branch).continue_reply(max_tokens=2).reply.tokens.replayed > 0
@@ -246,7 +248,8 @@ def test_a_reply_that_ends_leaves_nothing_noted(tmp_path: Path, monkeypatch: pyt
     note = journal.note
     monkeypatch.setattr(journal, "note", lambda *args, **how: seen.append(len(args[2].tokens)) or note(*args, **how))
     branch = said(tmp_path / "kvloom.db", "llama")
-    assert seen == [8, 16, 24, 32, 40]
+    assert 4 <= len(seen) <= 5  # while state is being written it is not waited for, but tried again at the next token
+    assert all(after - before >= 8 for before, after in itertools.pairwise([0, *seen]))
     assert journalled(branch._loom) == 0
     branch._loom.close()
 
