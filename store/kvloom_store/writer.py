@@ -84,10 +84,10 @@ class Job:
 class Writer:
     """The one thread that stores state."""
 
-    def __init__(self, database: Database, *, codec_name: str, gather_seconds: float = GATHER_SECONDS) -> None:
+    def __init__(self, database: Database, *, codec_name: str) -> None:
         self.database = database
         self.codec_name = codec_name
-        self.gather_seconds = gather_seconds
+        self.gather_seconds = GATHER_SECONDS
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
         self._busy = False
@@ -134,8 +134,7 @@ class Writer:
             raise error
 
     def close(self) -> None:
-        """Flush, put small segments of the paths that were written together, and end the thread. Raises what ``flush``
-        raises."""
+        """Flush, merge small segments of the paths that were written, and end the thread. Raises what ``flush`` raises."""
         try:
             self.flush()
             self._merge_small()
