@@ -134,7 +134,7 @@ class Writer:
             raise error
 
     def close(self) -> None:
-        """Flush, merge small segments of the paths that were written, and end the thread. Raises what ``flush`` raises."""
+        """Flush, merge small segments of the paths that were written, and end the thread. Raises as ``flush`` does."""
         try:
             self.flush()
             self._merge_small()
