@@ -20,11 +20,13 @@ BELOW = {
 # when they are called, so that listing and reading a store costs nothing.
 TENSORS = {
     "blocks",
+    "current",
     "engine",
     "explore.rounds",
     "layers",
     "live",
     "loop",
+    "mending",
     "overwritten",
     "probe",
     "reading",

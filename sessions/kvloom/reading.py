@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import sqlalchemy as sa
 import torch
 
+from kvloom.engine import Progress
 from kvloom.live import TORCH_DTYPES, Link, LiveState
 from kvloom_proto.records import LayerKind
 from kvloom_store import loading, planner, restore
@@ -18,8 +20,10 @@ from kvloom_store.rows import RowBuffer
 @dataclass(slots=True)
 class Account:
     """What bringing back cost: tokens loaded, tokens run again, seconds, what was read (``report.Restored``), and what
-    the user should be told. Of the loaded tokens, the rows of ``lossy`` are not exact. ``whole``: rows behind windows
-    are wanted, too; ``exact``: rows that are not exact count as missing."""
+    the user should be told. Of the loaded tokens, the rows of ``lossy`` are not exact.
+
+    And what was asked: ``whole``: rows behind windows are wanted, too; ``exact``: rows that are not exact count as
+    missing; ``cancel`` and ``progress``: for passes that are run again."""
 
     reused: int = 0
     replayed: int = 0
@@ -32,6 +36,8 @@ class Account:
     whole: bool = False
     exact: bool = False
     notices: list[str] = field(default_factory=list)
+    cancel: threading.Event | None = None
+    progress: Progress | None = None
 
 
 def rows_in_memory(live: LiveState, reads: Sequence[planner.Read]) -> int:

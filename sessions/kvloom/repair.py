@@ -127,8 +127,11 @@ def _by_start(loom: KVLoom, segments: Sequence[int]) -> list[int]:
 
 
 def _mended(loom: KVLoom, segment: int, told: Told, cancel: threading.Event | None, progress: Progress | None) -> bool:
+    from kvloom import mending
+    from kvloom.reading import Account
+
     try:
-        done = loom.resumer.mend(segment, cancel=cancel, progress=progress)
+        done = mending.mend(loom.resumer, segment, Account(cancel=cancel, progress=progress))
         with loom.database.read() as conn:  # its rows may be right, and what it says of them wrong
             done = done and is_whole(conn, segment)
     except (StoreError, EngineError):  # its row, what it stands on, or its passes: its turns may know more

@@ -153,9 +153,9 @@ def test_rows_of_a_window_that_were_not_read_are_never_stored_as_if_they_had_bee
         last = live.chain[-1].handle.segment
         for end, rows in expected.items():
             resumer.forget()
-            fresh = resumer._live(end + 1)
+            fresh = resumer.begin(end + 1)
             # Through the captured segment's own chain, whatever else holds these tokens.
-            resumer._load(fresh, last, end, Account())
+            resumer.load(fresh, last, end, Account())
             assert kept(fresh.cache) == rows
 
 
