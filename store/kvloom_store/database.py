@@ -129,9 +129,11 @@ class Database:
         with self._write(background=background, wait=wait) as conn:
             _check_version(conn)
             yield conn
-        if background and sqlite.log_is_long(self.path):
+        if background:
             with contextlib.suppress(StoreLocked, StoreUnavailable), sqlite.translated(self.path):
-                sqlite.move_log(self.engine)  # where it cannot be moved (a full disk) all of it stays, and is safe
+                sqlite.move_log(
+                    self.engine, self.path
+                )  # where it cannot be moved (a full disk) all of it stays, and is safe
 
     @contextmanager
     def _write(self, *, background: bool, wait: bool) -> Iterator[sa.Connection]:

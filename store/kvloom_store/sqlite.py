@@ -34,6 +34,9 @@ NETWORK_FILESYSTEMS = frozenset(
 LOG_BYTES = 64 << 20
 """From here on the write-ahead log is moved into the file: much of a long prompt's state goes in one go."""
 
+MOST_LOG_BYTES = 4 * LOG_BYTES
+"""A log of more is moved even if its readers must be waited for: it would grow for as long as there is always one."""
+
 MOVES = 4
 """How often it is tried to reach the end of a log that others are writing to."""
 
@@ -266,24 +269,33 @@ def checkpoint(engine: sa.Engine) -> None:
         conn.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
-def log_is_long(path: Path) -> bool:
-    """Whether the write-ahead log is to be moved. Its file is cut to LOG_BYTES by the first write after that."""
+def log_bytes(path: Path) -> int:
+    """Bytes of the write-ahead log's file."""
     try:
-        return Path(f"{path}-wal").stat().st_size > LOG_BYTES
+        return Path(f"{path}-wal").stat().st_size
     except FileNotFoundError:
-        return False
+        return 0
 
 
-def move_log(engine: sa.Engine) -> None:
-    """Move the write-ahead log into the file while others go on reading and writing.
+def move_log(engine: sa.Engine, path: Path) -> None:
+    """Move the write-ahead log into the file, if it is long, while others go on reading and writing. Its file is cut
+    to LOG_BYTES by the first write after that.
 
-    What they write meanwhile is moved as well, in a few more goes: only a log that was moved to its end begins anew.
+    What they write meanwhile is moved as well, in a few more goes: only a log that was moved to its end begins anew,
+    and only when nobody reads it. If it has become too long, those who do are waited for, and those who write meanwhile
+    wait: who begins to read then reads the file.
     """
+    size = log_bytes(path)
+    if size <= LOG_BYTES:
+        return
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
         for _ in range(MOVES):
             _, pages, moved = conn.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)").one()
             if moved == pages:
-                return
+                break
+        if size > MOST_LOG_BYTES:
+            with _patience(conn, CHECKPOINT_MS):
+                conn.exec_driver_sql("PRAGMA wal_checkpoint(RESTART)")
 
 
 def rewrite(engine: sa.Engine, path: Path) -> None:

@@ -308,3 +308,54 @@ def test_a_rebuild_that_cannot_put_the_new_file_in_place_changes_nothing(
     other.dispose()
     assert fsck.check(opened).sound
     opened.close()
+
+
+def test_a_log_that_always_has_a_reader_is_moved_when_it_is_too_long(store_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sqlite, "LOG_BYTES", 1 << 20)
+    monkeypatch.setattr(sqlite, "MOST_LOG_BYTES", 4 << 20)
+    opened = Database(store_path)
+    readers: list[tuple[threading.Thread, threading.Event]] = []
+
+    def begin() -> None:
+        """Somebody begins to read, and goes on until told otherwise."""
+        begun, end = threading.Event(), threading.Event()
+
+        def read() -> None:
+            with opened.read() as conn:
+                conn.execute(sa.select(schema.meta.c.key)).all()
+                begun.set()
+                end.wait()
+
+        reader = threading.Thread(target=read)
+        readers.append((reader, end))
+        reader.start()
+        assert begun.wait(10)
+
+    def end_all_but(some: int) -> None:
+        while len(readers) > some:
+            reader, end = readers.pop(0)
+            end.set()
+            reader.join()
+
+    waited = sqlite._patience
+
+    def patience(conn: sa.Connection, most_ms: int | None):
+        if most_ms == sqlite.CHECKPOINT_MS:  # who is waited for comes to an end
+            end_all_but(0)
+        return waited(conn, most_ms)
+
+    monkeypatch.setattr(sqlite, "_patience", patience)
+    lengths = []
+    try:
+        for number in range(64):
+            begin()
+            end_all_but(1)  # only now: there always was one
+            with opened.write(background=True) as conn:
+                checksum.insert(conn, schema.meta, {"key": f"long {number}", "value": os.urandom(256 << 10)})
+            lengths.append(sqlite.log_bytes(store_path))
+    finally:
+        end_all_but(0)
+    assert max(lengths) < 6 << 20
+    with opened.read() as conn:
+        assert conn.execute(sa.select(sa.func.count()).where(schema.meta.c.key.like("long %"))).scalar_one() == 64
+    opened.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from dataclasses import dataclass, field
@@ -155,6 +156,7 @@ def _read(path: Path, seed: str, until: float, tell: Tell) -> None:
     """Open the store's sessions and read one, over and over; how long each took. The first one is told by itself: what
     it needs is imported then, by as many processes at once as there are."""
     rng = random.Random(seed)
+    gc.freeze()  # a reader has loaded no model; this one is a copy of who has, and would look through all of that once
     times, missed = [], 0
     with KVLoom(path) as loom:
         while time.monotonic() < until:
