@@ -42,8 +42,9 @@ bench: $(INSTALLED) ## the measurements that the documentation quotes: 40 minute
 	$(PY) -m benchmarks $(ARGS)
 
 # PyPI has no wheel of it. Built for this machine's processor, as whoever is compared with deserves.
+# Of what it requires, diskcache is all that is missing; pip would also say that the model's package lacks its own.
 bench-peers: $(INSTALLED) ## llama.cpp for make bench to compare with: built here, with cmake and a C++ compiler, in ten minutes
-	CMAKE_ARGS="-DGGML_NATIVE=ON" $(PY) -m pip install --quiet -c constraints.txt llama-cpp-python==0.3.36
+	CMAKE_ARGS="-DGGML_NATIVE=ON" $(PY) -m pip install --quiet --no-deps llama-cpp-python==0.3.36 diskcache==5.6.3
 
 install: $(INSTALLED) ## only make the virtual environment
 
