@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.common import timed
-from benchmarks.processes import counted
+from benchmarks.processes import counted, memory_in_hand
 
 BLOCK = 4 << 20
 """Bytes that are read and hashed at a time, as much as a chunk has."""
@@ -58,6 +58,7 @@ def stages(path: str, layers: Sequence[Any], tokens: int, again: int) -> dict[st
 
 def disk(path: str) -> dict[str, float]:
     """In a process of its own: bytes a second of a file from its first byte to its last, and how many a disk gave."""
+    memory_in_hand(path)
     block = bytearray(b"1" * BLOCK)  # touched
     before = counted("read_bytes")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ids, timed
-from benchmarks.processes import counted, in_new_process
+from benchmarks.processes import counted, in_new_process, memory_in_hand
 
 NAME = "llama.cpp (f16)"
 ROOM = 1024
@@ -52,6 +52,7 @@ def measure(path: str, tokens: int, again: int) -> dict[str, Any]:
         assert read > 0, "llama.cpp could not load its state"
         assert count.value == tokens
 
+    memory_in_hand(path)
     before = counted("read_bytes")
     first = timed(load)[0]
     from_disk = counted("read_bytes") - before

@@ -2,8 +2,9 @@
 
 Every side of a round is a process of its own, and all have the same task: the rows of every layer, from a file into a
 new buffer such as kvloom's cache layers use. ``first`` is the first time in a process, ``again`` the same into buffers
-that are as fresh, in memory the machine has in hand. Each peer in its best form: the tensors contiguous in one file,
-mapped, one copy into the same buffers. Neither checks what it reads; kvloom checks every byte.
+that are as fresh; the machine has the memory in hand (``first_token`` tells what it takes if not). Each peer in its
+best form: the tensors contiguous in one file, mapped, one copy into the same buffers. Neither checks what it reads;
+kvloom checks every byte.
 
 Cold: the file was dropped from the page cache before. ``from_disk`` says how much of it then really came from there.
 """
@@ -21,7 +22,7 @@ from benchmarks import limits, llama_state
 from benchmarks.common import ids, machine, spread, timed
 from benchmarks.limits import BESIDE, ROOM
 from benchmarks.plot import BarPlot
-from benchmarks.processes import counted, drop_cached, in_new_process, read_through
+from benchmarks.processes import counted, drop_cached, in_new_process, memory_in_hand, read_through
 from benchmarks.report import Bar, Section, Table, number, ranged, rate, time
 from benchmarks.stored import tell
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     import sqlalchemy as sa
 
     from kvloom_proto.records import LayerSpec
-    from kvloom_store.planner import Link
     from kvloom_store.rows import RowBuffer
 
 TOKENS, REPLIES = 4096, 200
@@ -51,7 +51,7 @@ def prepare(folder: str, model: str, dtype: str, tokens: int, replies: int) -> i
         tell(loom, WHOLE, text[:tokens])
         tell(loom, MANY, text[tokens:], 2 * replies)
     with kvloom.open(Path(folder) / "kvloom.db") as loom, loom.database.read() as conn:
-        buffer = _kvloom(conn, WHOLE, tokens)
+        buffer = _kvloom(conn, _segment(conn, WHOLE), tokens)
     _save_peers(Path(folder), buffer, tokens)
     return tokens * row_bytes(buffer.layers)
 
@@ -90,11 +90,11 @@ def _tensor(rows: Any, dtype: str) -> Any:
 # The sides: each is a function that brings the state into a new buffer, ready to be timed.
 
 
-def _kvloom(conn: sa.Connection, session: str, tokens: int) -> RowBuffer:
-    from kvloom_store import loading, planner
+def _kvloom(conn: sa.Connection, segment: int, tokens: int) -> RowBuffer:
+    from kvloom_store import loading, planner, restore
     from kvloom_store.rows import RowBuffer
 
-    links = _links(conn, session)
+    links = restore.chain(conn, segment)
     layers = links[-1].manifest.layers
     plan = planner.plan(links, tokens, layers)
     buffer = RowBuffer(layers, tokens + ROOM)
@@ -102,16 +102,16 @@ def _kvloom(conn: sa.Connection, session: str, tokens: int) -> RowBuffer:
     return buffer
 
 
-def _links(conn: sa.Connection, session: str) -> list[Link]:
-    """The segments that the state of a conversation consists of."""
-    from kvloom_store import refs, restore, turns
+def _segment(conn: sa.Connection, session: str) -> int:
+    """The last one of those that the state of a conversation consists of."""
+    from kvloom_store import refs, turns
     from kvloom_store.names import MAIN, Ref
 
     turn = refs.resolve(conn, Ref(session, MAIN, 0)).turn
     assert turn is not None
     segment = turns.states_of(conn, [turn])[0].segment
     assert segment is not None
-    return restore.chain(conn, segment)
+    return segment
 
 
 def _safetensors(folder: Path, layers: Any, tokens: int) -> RowBuffer:
@@ -145,22 +145,24 @@ def measure(folder: str, side: str, tokens: int, again: int) -> dict[str, Any]:
     store = Path(folder) / "kvloom.db"
     if side in (WHOLE, MANY):
         with kvloom.open(store) as loom, loom.database.read() as conn:
-            return _times(again, _kvloom, conn, side, tokens)
+            return _times(store, again, _kvloom, conn, _segment(conn, side), tokens)
     importlib.import_module("safetensors.torch")  # and torch with it
     layers = _layers(store)
     peer = {"safetensors": _safetensors, "torch.save": _torch_save}[side]
-    return _times(again, peer, Path(folder), layers, tokens)
+    return _times(_files(Path(folder), {})[side], again, peer, Path(folder), layers, tokens)
 
 
 def _layers(store: Path) -> Any:
     import kvloom
+    from kvloom_store import restore
 
     with kvloom.open(store) as loom, loom.database.read() as conn:
-        return _links(conn, WHOLE)[-1].manifest.layers
+        return restore.link_of(conn, _segment(conn, WHOLE)).manifest.layers
 
 
-def _times(again: int, action: Callable[..., Any], *given: Any) -> dict[str, Any]:
-    """Seconds of the action; what it made is let go of before it is done again."""
+def _times(file: Path, again: int, action: Callable[..., Any], *given: Any) -> dict[str, Any]:
+    """Seconds of the action, which reads ``file``; what it made is let go of before it is done again."""
+    memory_in_hand(file)
     before = counted("read_bytes")
     first = timed(action, *given)[0]
     from_disk = counted("read_bytes") - before
@@ -275,8 +277,8 @@ def section(found: Mapping[str, Any]) -> Section:
         )
     text = (
         f"The state of {tokens:,} tokens, raw, from its file into a new buffer, every chunk checked; each side in "
-        "processes of its own. *First*: the first time in its process; *then*: into other buffers, as fresh, in "
-        "memory the machine has in hand. safetensors and torch.save: mapped, one copy into the same buffers, "
+        "processes of its own, in memory the machine has in hand. *First*: the first time in its process; *then*: into "
+        "other buffers, as fresh. safetensors and torch.save: mapped, one copy into the same buffers, "
         "nothing checked. Cold: the file dropped from the page cache. llama.cpp reads its own f16 state into a "
         "context whose memory has been touched, where it is installed (`make bench-peers`)."
     )
