@@ -139,7 +139,7 @@ class Current:
             live.chain[-1].handle.state = owner.row
         if plan.replay:
             steps = [(step.start, step.end, threads[step.provenance]) for step in plan.replay]
-            self.engine.bring_forward(live, ids, steps)
+            self.engine.bring_forward(live, ids, steps, cancel=account.cancel, progress=account.progress)
             account.replayed += plan.replayed
             live.keep_frame()
 
