@@ -97,15 +97,7 @@ class Current:
         except StoreError as error:
             account.notices.append(f"state could not be stored: {error}")
 
-    def load(
-        self,
-        live: LiveState,
-        segment: int,
-        upto: int,
-        account: Account,
-        *,
-        exact: bool = False,
-    ) -> None:
+    def load(self, live: LiveState, segment: int, upto: int, account: Account, *, exact: bool = False) -> None:
         """Let ``live`` hold a segment's chain up to ``upto``: read what is not in memory already, run what must be."""
         with self.database.read() as conn:
             links = restore.chain(conn, segment)
@@ -143,13 +135,7 @@ class Current:
             account.replayed += plan.replayed
             live.keep_frame()
 
-    def loaded(
-        self,
-        live: LiveState,
-        segment: int,
-        upto: int,
-        account: Account,
-    ) -> bool:
+    def loaded(self, live: LiveState, segment: int, upto: int, account: Account) -> bool:
         """Load a segment's chain; False, and a notice, if it is damaged."""
         try:
             self.load(live, segment, upto, account)

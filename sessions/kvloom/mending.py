@@ -52,14 +52,9 @@ def mend(current: Current, segment: int, account: Account) -> bool:
     return done
 
 
-def mend_or_give_up(
-    current: Current,
-    live: LiveState,
-    segment: int,
-    account: Account,
-) -> None:
+def mend_or_give_up(current: Current, live: LiveState, segment: int, account: Account) -> None:
     """Compute a damaged segment of several turns again; if it does not come out as it was, nobody reads it any more
-    and each of the turns is computed by itcurrent."""
+    and each of the turns is computed by itself."""
     try:
         whole = mend(current, segment, Account(cancel=account.cancel, progress=account.progress))
         account.replayed += live.length - live.chain[-1].start if whole else 0
@@ -81,13 +76,7 @@ def holds_others(current: Current, state: TurnState) -> bool:
     return (link.start, link.end) != (state.state_start, state.state_end)
 
 
-def replay(
-    current: Current,
-    live: LiveState,
-    tip: TurnState,
-    damaged: bool,
-    account: Account,
-) -> None:
+def replay(current: Current, live: LiveState, tip: TurnState, damaged: bool, account: Account) -> None:
     """Run a turn's recorded passes again, and store their state (or mend what is stored)."""
     if tip.schedule.unknown:
         raise EngineError(

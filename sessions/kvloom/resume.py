@@ -75,13 +75,7 @@ class Resumer(Current):
         return live, account
 
     def _brought(
-        self,
-        ids: Sequence[int],
-        tip: TurnState | None,
-        room: int,
-        account: Account,
-        logits: bool,
-        require_reuse: bool,
+        self, ids: Sequence[int], tip: TurnState | None, room: int, account: Account, logits: bool, require_reuse: bool
     ) -> LiveState:
         exact = account.exact
         live = self.begin(len(ids) + room)
@@ -129,14 +123,7 @@ class Resumer(Current):
             raise ReuseRequired(0, upto)
         return None
 
-    def _bring_back(
-        self,
-        live: LiveState,
-        tip: TurnState,
-        upto: int,
-        account: Account,
-        require_reuse: bool,
-    ) -> None:
+    def _bring_back(self, live: LiveState, tip: TurnState, upto: int, account: Account, require_reuse: bool) -> None:
         """Let ``live`` hold the state of a turn up to position ``upto``.
 
         First down, from the turn to what it stands on, until there is state that can be loaded; then up again,
@@ -192,13 +179,7 @@ class Resumer(Current):
             raise EngineError("state could not be stored, and cannot be brought back without", hint="free some disk")
         self.load(live, handle.segment, end, account)
 
-    def _load_or_empty(
-        self,
-        live: LiveState,
-        segment: int | None,
-        upto: int,
-        account: Account,
-    ) -> None:
+    def _load_or_empty(self, live: LiveState, segment: int | None, upto: int, account: Account) -> None:
         if segment is None:
             if upto != 0:
                 raise EngineError("the state this turn stood on is gone")
@@ -210,12 +191,7 @@ class Resumer(Current):
             )
 
     def _load_more(
-        self,
-        live: LiveState,
-        ids: Sequence[int],
-        tip: TurnState | None,
-        account: Account,
-        logits: bool,
+        self, live: LiveState, ids: Sequence[int], tip: TurnState | None, account: Account, logits: bool
     ) -> None:
         """Load what is held beyond the tip: the same words said before, or another session's beginning."""
         if tip is not None and len(ids) <= tip.end:

@@ -67,6 +67,7 @@ class Database:
         self._writing = threading.Condition()
         self._busy = False
         self._turns_waiting = 0
+        self._most_log = sqlite.MOST_LOG_BYTES
         self.engine = sqlite.make_engine(path, read_only=self.read_only, synchronous=synchronous, busy_ms=busy_ms)
         with sqlite.translated(path):
             self._prepare()
@@ -131,9 +132,17 @@ class Database:
             yield conn
         if background:
             with contextlib.suppress(StoreLocked, StoreUnavailable), sqlite.translated(self.path):
-                sqlite.move_log(
-                    self.engine, self.path
-                )  # where it cannot be moved (a full disk) all of it stays, and is safe
+                self._keep_log_short()  # where it cannot be moved (a full disk) all of it stays, and is safe
+
+    def _keep_log_short(self) -> None:
+        """Move a long log, and wait for its readers where it is too long. If one stays (a check of the whole store may
+        read for minutes) that is not done again before it is as much longer: everybody who writes waits with us."""
+        size = sqlite.log_bytes(self.path)
+        if size > sqlite.LOG_BYTES:
+            wait = size > self._most_log
+            began_anew = sqlite.move_log(self.engine, wait=wait)
+            if wait:
+                self._most_log = sqlite.MOST_LOG_BYTES + (0 if began_anew else size)
 
     @contextmanager
     def _write(self, *, background: bool, wait: bool) -> Iterator[sa.Connection]:

@@ -277,25 +277,23 @@ def log_bytes(path: Path) -> int:
         return 0
 
 
-def move_log(engine: sa.Engine, path: Path) -> None:
-    """Move the write-ahead log into the file, if it is long, while others go on reading and writing. Its file is cut
-    to LOG_BYTES by the first write after that.
+def move_log(engine: sa.Engine, *, wait: bool) -> bool:
+    """Move the write-ahead log into the file while others go on reading and writing. Its file is cut to LOG_BYTES by
+    the first write after that.
 
     What they write meanwhile is moved as well, in a few more goes: only a log that was moved to its end begins anew,
-    and only when nobody reads it. If it has become too long, those who do are waited for, and those who write meanwhile
-    wait: who begins to read then reads the file.
+    and only when nobody reads it. ``wait`` for those who do, CHECKPOINT_MS at most, and let those who write wait: who
+    begins to read then reads the file. False if somebody still read it then.
     """
-    size = log_bytes(path)
-    if size <= LOG_BYTES:
-        return
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
         for _ in range(MOVES):
             _, pages, moved = conn.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)").one()
             if moved == pages:
                 break
-        if size > MOST_LOG_BYTES:
-            with _patience(conn, CHECKPOINT_MS):
-                conn.exec_driver_sql("PRAGMA wal_checkpoint(RESTART)")
+        if not wait:
+            return True
+        with _patience(conn, CHECKPOINT_MS):
+            return not conn.exec_driver_sql("PRAGMA wal_checkpoint(RESTART)").one()[0]
 
 
 def rewrite(engine: sa.Engine, path: Path) -> None:

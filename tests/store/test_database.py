@@ -359,3 +359,29 @@ def test_a_log_that_always_has_a_reader_is_moved_when_it_is_too_long(store_path:
     with opened.read() as conn:
         assert conn.execute(sa.select(sa.func.count()).where(schema.meta.c.key.like("long %"))).scalar_one() == 64
     opened.close()
+
+
+def test_who_reads_for_long_is_waited_for_only_now_and_then(store_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sqlite, "LOG_BYTES", 1 << 20)
+    monkeypatch.setattr(sqlite, "MOST_LOG_BYTES", 4 << 20)
+    monkeypatch.setattr(sqlite, "CHECKPOINT_MS", 1)
+    opened, waited, patience = Database(store_path), [], sqlite._patience
+
+    def counted(conn: sa.Connection, most_ms: int | None):
+        waited.extend([most_ms] * (most_ms == sqlite.CHECKPOINT_MS))
+        return patience(conn, most_ms)
+
+    monkeypatch.setattr(sqlite, "_patience", counted)
+    with opened.read() as reading:
+        reading.execute(sa.select(schema.meta.c.key)).all()
+        for number in range(64):
+            with opened.write(background=True) as conn:
+                checksum.insert(conn, schema.meta, {"key": f"long {number}", "value": os.urandom(256 << 10)})
+        assert sqlite.log_bytes(store_path) > 16 << 20
+        assert 1 <= len(waited) <= sqlite.log_bytes(store_path) // (4 << 20)  # once for each 4 MB by which it grew
+    with opened.write(background=True) as conn:
+        checksum.insert(conn, schema.meta, {"key": "then", "value": b""})
+    with opened.write(background=True) as conn:
+        checksum.insert(conn, schema.meta, {"key": "and again", "value": b""})
+    assert sqlite.log_bytes(store_path) <= 1 << 20
+    opened.close()
