@@ -26,10 +26,13 @@ from benchmarks import page
 from benchmarks.common import machine
 from benchmarks.processes import ROOT
 
-ON_PAGE = ("first_token", "turn", "restore", "capture", "decode", "memory", "tree", "codec", "fork", "start", "scale")
+ON_PAGE = (
+    *("first_token", "turn", "restore", "capture", "decode", "memory", "tree", "codec", "fork", "start"),
+    *("scale", "long"),
+)
 """In the order of the page. Each is a module of this package with ``run``, ``section`` and ``QUICK``."""
 
-BESIDES = ("siblings", "explore", "windows", "keyframes", "shared_prompts", "replies", "long", "lossy", "grid")
+BESIDES = ("siblings", "explore", "windows", "keyframes", "shared_prompts", "replies", "lossy", "grid")
 """Measurements of single decisions, quoted in NOTES.md: run when they are named, printed as JSON."""
 
 MODEL = "smollm2"

@@ -1,8 +1,8 @@
 """Long contexts: how fast they are brought back, and in how much memory beyond their own.
 
 The state is random bits in the shape of a Llama with a small hidden size, 8 KiB a token; each restore has a process of
-its own, and fresh memory. Three stores are read in turn: one that holds little else; one of 8 GB with the state at its
-end, past what SQLite maps; one whose writer was killed with the state still in the log.
+its own, and fresh memory that the machine has in hand. Three stores are read in turn: one that holds little else; one
+of 8 GB with the state at its end, past what SQLite maps; one whose writer was killed with the state still in the log.
 """
 
 from __future__ import annotations
@@ -11,19 +11,21 @@ import contextlib
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
-from benchmarks.common import machine, main, table, timed
+from benchmarks import report
+from benchmarks.common import machine, spread, timed
+from benchmarks.processes import BESIDES, bytes_in_hand, read_through
+from benchmarks.report import Bar, Section, Table, ranged, rate
 from benchmarks.small import engine_of
 from kvloom_proto.records import LayerKind, LayerSpec, TensorSpec
 from kvloom_store import schema
@@ -33,7 +35,10 @@ from kvloom_store.rows import Captured, RowBuffer
 TOKENS = (32_000, 128_000)
 STORE_BYTES = 8 << 30
 ROUNDS = 3
-QUICK = {"quick": True}
+MOST_BEYOND = 10
+"""Per cent of the state that a restore may need beside it."""
+
+QUICK = {"lengths": (2_000,), "rounds": 1, "store_bytes": 32 << 20}
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 128,
@@ -53,41 +58,43 @@ MODEL = b"l" * 16
 
 ROW_BYTES = sum(spec.row_bytes * spec.count for spec in LAYERS)
 
-CASES = ("plain", "far", "log")
+PLAIN, FAR, LOG = "plain", "far", "log"
+CAPTURE, RESUME = "capture", "resume"
 FILL_ROW, FILL_ROWS = 16 << 10, 16 << 10
 """What else is in a large store: segments of at most 256 MiB, in chunks of 4 MiB."""
 
 
-def run(quick: bool = False) -> dict[str, Any]:
-    """For each length and store: seconds, and what was resident at most, over the bytes of the state.
+def run(
+    lengths: Sequence[int] = TOKENS, rounds: int = ROUNDS, store_bytes: int = STORE_BYTES
+) -> dict[str, dict[str, Any]]:
+    """For each length and store: seconds, and what was resident at most, beyond the state and over its bytes.
 
     ``capture`` and ``resume`` are those of a loop of one's own, with the model's layers over the memory.
     """
-    lengths, rounds, store_bytes = ((2_000,), 1, 32 << 20) if quick else (TOKENS, ROUNDS, STORE_BYTES)
-    found: dict[str, Any] = {"machine": machine(), "lengths": {}}
+    found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for tokens in lengths:  # each is written behind all that the large store holds
-            stores = {"plain": folder / f"{tokens}.db", "far": folder / "far.db", "log": folder / f"{tokens}-log.db"}
+            stores = {PLAIN: folder / f"{tokens}.db", FAR: folder / "far.db", LOG: folder / f"{tokens}-log.db"}
             written = {case: _child("write", store, tokens, case, store_bytes) for case, store in stores.items()}
             rows: dict[str, list[dict[str, float]]] = {}
             for _ in range(rounds):
                 for case, store in stores.items():
-                    _into_page_cache(store)
+                    _into_page_cache(store, tokens)
                     rows.setdefault(case, []).append(_child("restore", store, tokens, case))
             loop = folder / f"{tokens}-loop.db"
-            rows["capture"] = [_child("capture", loop, tokens)]
-            rows["resume"] = [_child("resume", loop, tokens) for _ in range(rounds)]
-            found["lengths"][str(tokens)] = {
+            rows[CAPTURE] = [_child(CAPTURE, loop, tokens)]
+            rows[RESUME] = [_child(RESUME, loop, tokens) for _ in range(rounds)]
+            found[str(tokens)] = {
                 "state": tokens * ROW_BYTES,
                 "files": written,
-                **{case: _medians(some) for case, some in rows.items()},
+                **{case: _spreads(some) for case, some in rows.items()},
             }
     return found
 
 
-def _medians(rows: list[dict[str, float]]) -> dict[str, float]:
-    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+def _spreads(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    return {name: spread([row[name] for row in rows]) for name in rows[0]}
 
 
 def write(store: Path, tokens: int, case: str, store_bytes: int) -> dict[str, int]:
@@ -96,7 +103,7 @@ def write(store: Path, tokens: int, case: str, store_bytes: int) -> dict[str, in
     from kvloom_store import refs, roots, segments, trie, turns
 
     empty, database = not store.exists(), Database(store)
-    if case == "far" and empty:
+    if case == FAR and empty:
         fill(database, store_bytes)
     with database.write() as conn:
         root = roots.root_for(conn, roots.add_model(conn, MODEL, "long", {}))
@@ -117,11 +124,11 @@ def write(store: Path, tokens: int, case: str, store_bytes: int) -> dict[str, in
         turns.set_segment(conn, state.row, segment, None)
 
     # As long as somebody reads an older state of a store, its log is not moved into the file.
-    with database.read() if case == "log" else contextlib.nullcontext() as reader:
+    with database.read() if case == LOG else contextlib.nullcontext() as reader:
         if reader is not None:
             reader.execute(sa.select(schema.node.c.id)).all()
         segments.write(database, Captured(rows, {}), draft, codec_name="raw", finish=finish)
-        if case == "log":
+        if case == LOG:
             _told_and_killed(_sizes(store))
     database.checkpoint()
     database.close()
@@ -164,23 +171,21 @@ def restore(store: Path, tokens: int, case: str) -> dict[str, float]:
     from kvloom_store import loading
     from kvloom_store import restore as stored
 
+    bytes_in_hand(3 * tokens * ROW_BYTES + BESIDES)
     opened, database = timed(lambda: Database(store))
     with watched() as memory:
-        began, used = time.perf_counter(), time.process_time()
+        began = time.perf_counter()
         ahead = Prefetch(database, f"long-{tokens}", "main", MODEL)
         taken = ahead.take(LAYERS)
-        seconds, processor = time.perf_counter() - began, time.process_time() - used
+        seconds = time.perf_counter() - began
     assert taken is not None
     (rows, plan), size = taken, tokens * ROW_BYTES
     assert ahead.bytes_read == size
     with database.read() as conn:
         links = stored.chain(conn, plan.rows[-1].segment)
-        used = time.process_time()
         again = timed(lambda: loading.load(conn, links, plan.rows, plan.windows, rows))[0]
-        again_processor = time.process_time() - used
-    found = {"open": opened, "seconds": seconds, "processor": processor} | _over(memory, size)
-    found |= {"again": again, "again_processor": again_processor}
-    if case == "log":  # closing would move the log into the file, and the next one is to find it as this one did
+    found = {"open": opened, "seconds": seconds, "again": again} | _over(memory, size)
+    if case == LOG:  # closing would move the log into the file, and the next one is to find it as this one did
         _told_and_killed(found)
     return found
 
@@ -254,13 +259,11 @@ def _sizes(store: Path) -> dict[str, int]:
     return {"file": store.stat().st_size, "log": log.stat().st_size if log.exists() else 0}
 
 
-def _into_page_cache(store: Path) -> None:
+def _into_page_cache(store: Path, tokens: int) -> None:
+    """All of a file, or of a large one the end, which the state is in."""
     for path in (store, Path(f"{store}-wal")):
         if path.exists():
-            with path.open("rb", buffering=0) as file:
-                block = bytearray(16 << 20)
-                while file.readinto(block):
-                    pass
+            read_through(path, max(0, path.stat().st_size - 2 * tokens * ROW_BYTES))
 
 
 def _child(what: str, store: Path, *arguments: object) -> dict[str, Any]:
@@ -271,34 +274,49 @@ def _child(what: str, store: Path, *arguments: object) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-RATES = ("seconds", "processor", "again", "again_processor")
+def section(found: Mapping[str, Any]) -> Section:
+    """A row a store and a row for a loop of one's own, a table a length; the bound of what is used beside the state."""
+    tables, bars = [], []
+    for length, each in found.items():
+        tokens, files = f"{int(length):,}", each["files"]
+        said = {
+            PLAIN: "from a store of its own",
+            FAR: f"at the end of a store of {files[FAR]['file'] / 1e9:.1f} GB",
+            LOG: f"from the log ({files[LOG]['log'] / 1e6:,.0f} MB) of a writer that was killed",
+        }
+        rows = [[words, *_restored(each["state"], each[case])] for case, words in said.items()]
+        resumed, captured = each[RESUME], each[CAPTURE]
+        rows.append(["`lookup`, under the model", "", ranged(resumed["seconds"], report.time), "", _percent(resumed)])
+        rows.append(["`capture`, until it is stored", "", report.time(captured["seconds"]["median"]), "", ""])
+        columns = ["", "opening", "restoring", "", "beyond the state"]
+        tables.append(Table(columns, rows, f"**{tokens} tokens**, {each['state'] / 1e6:,.0f} MB"))
+        for case, words in said.items():
+            beyond = 100 * each[case]["extra"]["median"]
+            bars.append(Bar(f"{tokens} tokens {words}: memory beyond the state", beyond, MOST_BEYOND, unit=" %"))
+    text = (
+        "Random bits in the shape of a Llama with a small hidden size, 8 KiB a token, float32, raw, the page cache "
+        "warm; each restore in a new process, in memory the machine has in hand. *Beyond the state*: what was resident "
+        "at most while it came back, mapped pages of the file and room for a next turn included. SQLite maps the "
+        "first 2 GB of a file, and nothing of its log."
+    )
+    return Section("Long contexts", text, tables, bars=bars)
 
 
-def show(found: dict[str, Any]) -> str:
-    """The figures as a table: the stores, and a loop of one's own.
-
-    GB/s into fresh memory, and once more into the same; beyond the state: what was resident at most.
-    """
-    head = ["", "state MB", "file MB", "log MB", "open ms", "ms", "GB/s", "of proc.", "again", "of proc."]
-    head += ["beyond %", "grow ms", "beyond %"]
-    rows: list[list[object]] = []
-    for tokens, each in found["lengths"].items():
-        for name in (*CASES, "resume", "capture"):
-            row, files = each[name], each["files"].get(name, {})
-            values = [each["state"] / 1e6, *(files[kind] / 1e6 if files else None for kind in ("file", "log"))]
-            values += [row["open"] * 1e3 if "open" in row else None, row["seconds"] * 1e3]
-            values += [each["state"] / 1e9 / row[part] if part in row else None for part in RATES]
-            values += [row["extra"] * 100, row["grow"] * 1e3 if "grow" in row else None]
-            values += [row["grow_extra"] * 100 if "grow_extra" in row else None]
-            rows.append([f"{int(tokens):,} tokens, {name}", *values])
-    return table(head, rows)
+def _restored(state: int, row: Mapping[str, Mapping[str, float]]) -> list[str]:
+    seconds = row["seconds"]
+    opening, restoring = ranged(row["open"], report.time), ranged(seconds, report.time)
+    return [opening, restoring, rate(state / seconds["median"]), _percent(row)]
 
 
-PARTS = {"write": write, "restore": restore, "capture": capture, "resume": resume}
+def _percent(row: Mapping[str, Mapping[str, float]]) -> str:
+    return f"{report.number(100 * row['extra']['median'])} %"
+
+
+PARTS = {"write": write, "restore": restore, CAPTURE: capture, RESUME: resume}
 
 if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1] in PARTS:
         values = [int(each) if each.isdigit() else each for each in sys.argv[3:]]
         print(json.dumps(PARTS[sys.argv[1]](Path(sys.argv[2]), *values)))  # type: ignore[operator]
     else:
-        main(run, show)
+        print(json.dumps({"machine": machine(), **run()}, indent=2))

@@ -44,22 +44,28 @@ def drop_cached(path: str | Path) -> None:
         os.close(descriptor)
 
 
-def read_through(path: str | Path) -> None:
-    """Let the system hold all of a file; like ``drop_cached`` never where it is open as a database."""
+def read_through(path: str | Path, start: int = 0) -> None:
+    """Let the system hold a file from ``start`` on; like ``drop_cached`` never where it is open as a database."""
     with open(path, "rb", buffering=0) as file:
+        file.seek(start)
         block = bytearray(4 << 20)
         while file.readinto(block):
             continue
 
 
 def memory_in_hand(*paths: str | Path) -> None:
-    """Let the machine have free memory to hold these files, and their state beside them, with room for more.
+    """Let the machine have free memory to hold these files, and their state beside them, with room for more."""
+    bytes_in_hand(3 * sum(Path(path).stat().st_size for path in paths) + BESIDES)
+
+
+def bytes_in_hand(size: int) -> None:
+    """Let the machine have so much free memory.
 
     A virtual machine gives free memory back to its host, seconds after it was freed, and gets it again a page at a time
     when it is touched: that takes up to ten times as long as what a process does with fresh memory, and hides it. So
     as much as will be needed is touched and freed, which leaves it fresh for whoever asks for it next.
     """
-    with mmap.mmap(-1, 3 * sum(Path(path).stat().st_size for path in paths) + BESIDES, mmap.MAP_PRIVATE) as held:
+    with mmap.mmap(-1, size, mmap.MAP_PRIVATE) as held:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             held.madvise(mmap.MADV_HUGEPAGE)
         held[:: mmap.PAGESIZE] = bytes(-(-len(held) // mmap.PAGESIZE))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import gc
 import json
 import os
 import re
@@ -98,6 +99,7 @@ def convert(source: ModelSource, progress: Progress | None = None) -> Path:
             try:
                 with _in_one_piece(files, work / file, report) as gguf:
                     _convert_into(work, source.name, gguf, report)
+                gc.collect()  # a model's modules name one another: the one that was converted would stay in memory
                 if _stamps(files) != before:
                     raise EngineError(f"{file} changed while it was read", hint="try again")
                 _seal(work, file, sum(size for size, _ in before), digest)

@@ -489,7 +489,8 @@ def load_engine(
     engine = TransformersEngine(
         loaded.model, loaded.tokenizer, name=source.name, keyframe_spacing=keyframe_spacing or KEYFRAME_SPACING
     )
-    gc.collect()  # 0.2 to 0.3 s that are due after loading so much, and would fall into the first reply
+    if gc.isenabled():
+        gc.collect()  # 0.2 to 0.3 s that are due after loading so much, and would fall into the first reply
     return engine
 
 

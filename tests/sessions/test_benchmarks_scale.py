@@ -28,11 +28,12 @@ def test_every_operation_is_measured_on_a_small_store_and_a_larger_one():
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="what is resident is told by Linux alone")
 def test_long_state_is_restored_from_the_file_its_end_and_its_log():
-    found = long.run(quick=True)["lengths"]["2000"]
-    size = 2_000 * long.ROW_BYTES
-    assert found["state"] == size
-    assert found["files"]["plain"]["file"] > size
-    assert found["files"]["far"]["file"] > 2 * size
-    assert found["files"]["log"]["file"] < size < found["files"]["log"]["log"]
-    shown = long.show({"lengths": {"2000": found}})
-    assert len(shown.splitlines()) == 1 + len(long.CASES) + 2
+    found = long.run(**long.QUICK)
+    each, size = found["2000"], 2_000 * long.ROW_BYTES
+    assert each["state"] == size
+    assert each["files"][long.PLAIN]["file"] > size
+    assert each["files"][long.FAR]["file"] > 2 * size
+    assert each["files"][long.LOG]["file"] < size < each["files"][long.LOG]["log"]
+    section = long.section(found)
+    assert [bar.bar for bar in section.bars] == [long.MOST_BEYOND] * 3
+    assert all(len(row) == len(section.tables[0].columns) for row in section.tables[0].rows)

@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if arguments is None else arguments)
     never_fail_to_print()
     # Listing takes a third of a second, a fifth of which would go into looking for garbage that is not there:
-    # imports make none. Commands that run a model turn the collector on again.
+    # imports make none. Commands that run a model turn the collector on again, once it is loaded.
     gc.disable()
     code = run(args)
     gc.freeze()
