@@ -19,6 +19,7 @@ BELOW = {
 # What runs the model, or must see tensors. The first of these are torch through and through; the others import it
 # when they are called, so that listing and reading a store costs nothing.
 TENSORS = {
+    "bits",
     "blocks",
     "current",
     "engine",
@@ -36,6 +37,7 @@ TENSORS = {
     "shared_attention",
     "siblings",
     "support",
+    "transfer",
 }
 TENSORS_LATE = {"models", "convert", "identity", "sampling", "filters", "scores", "cli.about"}
 TRANSFORMERS_LATE = TENSORS_LATE | {"quiet", "template", "template_file", "known_model"}

@@ -7,51 +7,27 @@ Tensors that a pass overwrites in place are copied at the points worth coming ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from kvloom.bits import TORCH_DTYPES, from_bits, rows_of, to_bits
 from kvloom.layers import attach
 from kvloom.overwritten import Overwritten
 from kvloom.row_layers import RowLayer
+from kvloom.transfer import DeviceRows, arriving, lane_to
 from kvloom_proto.records import STORED_BY_ROW, LayerKind, LayerSpec, TensorSpec, expand
-from kvloom_store.rows import Captured, Frame, RowBuffer, Rows, RowSource, shape_with
+from kvloom_store.rows import Captured, Frame, RowBuffer, RowSink, RowSource, shape_with
 from kvloom_store.writer import Handle
 
 CAPACITY_STEP = 256
 LEAST_CAPACITY = 1024
 """Buffers hold a multiple of so many tokens, and at least so many. Huge pages make the room that is not used resident,
 too, and to touch it for the first time costs as much as for state."""
-
-TORCH_DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-
-_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
-
-
-def to_bits(tensor: torch.Tensor) -> Rows:
-    """A CPU tensor's elements as unsigned integers, without a copy."""
-    array = tensor.view(_BITS[tensor.element_size()]).numpy()
-    return array.view(np.dtype(f"u{tensor.element_size()}"))
-
-
-def from_bits(array: Rows, dtype: str) -> torch.Tensor:
-    """The inverse of ``to_bits``: a tensor over the same memory."""
-    signed = array if array.itemsize == 1 else array.view(np.dtype(f"i{array.itemsize}"))
-    return torch.from_numpy(signed).view(TORCH_DTYPES[dtype])
-
-
-def rows_of(spec: LayerSpec, tensors: list[torch.Tensor], number: int, start: int, end: int) -> torch.Tensor:
-    """A view of the rows that positions [start, end) have in one of a layer's tensors, the batch included."""
-    first, count = spec.rows_before(start), spec.rows_between(start, end)
-    return tensors[number].narrow(1 + spec.tensors[number].token_axis, first, count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +41,6 @@ class Link:
     start: int
     end: int
     lossy: bool = False
-
-
-@dataclass(eq=False)
-class _DeviceRows:
-    """Rows of tensors that are not in the machine's own memory, fetched as they are asked for."""
-
-    tensors: list[list[torch.Tensor]] = field(repr=False)
-    specs: Sequence[LayerSpec]
-
-    def rows(self, layer: int, tensor: int, start: int, end: int) -> Rows:
-        return to_bits(rows_of(self.specs[layer], self.tensors[layer], tensor, start, end)[0].contiguous().cpu())
-
-    def block(self, layers: object, start: int, end: int) -> Rows | None:
-        return None
 
 
 class LiveState:
@@ -110,7 +72,8 @@ class LiveState:
         self.device = device
         self.capacity = 0
         self.tensors: list[list[torch.Tensor]] = []
-        self.source: RowSource
+        self.source: RowBuffer | DeviceRows
+        self._lane = lane_to(device)
         if buffer is not None:
             self._use(buffer)
         else:
@@ -132,14 +95,14 @@ class LiveState:
 
     def _allocate(self, capacity: int) -> None:
         self.capacity = max(-(-capacity // CAPACITY_STEP) * CAPACITY_STEP, LEAST_CAPACITY)
-        if self.device.type == "cpu":
+        if self._lane is None:
             self._use(RowBuffer(self.layers, self.capacity))
         else:
             self.tensors = [
                 [self._empty(spec, tensor) for tensor in spec.tensors] if spec.kind in STORED_BY_ROW else []
                 for spec in self.specs
             ]
-            self.source = _DeviceRows(self.tensors, self.specs)
+            self.source = DeviceRows(self.tensors, self.specs, self._lane)
 
     def _use(self, buffer: RowBuffer) -> None:
         self.capacity = buffer.capacity
@@ -233,19 +196,22 @@ class LiveState:
             layer.show(tokens)
         self._count = tokens
 
-    def take(self, rows: RowSource, kinds: Collection[LayerKind], start: int, end: int) -> None:
-        """Copy rows [start, end) of layers of some kinds from other memory: of another buffer, or put aside before."""
-        for index, spec in enumerate(self.specs):
-            if spec.kind not in kinds:
-                continue
-            for number, tensor in enumerate(spec.tensors):
-                loaded = from_bits(np.ascontiguousarray(rows.rows(index, number, start, end)), tensor.dtype)
-                rows_of(spec, self.tensors[index], number, start, end)[0].copy_(loaded)
+    @contextmanager
+    def arriving(self) -> Iterator[RowSink]:
+        """Where rows that are read from a store in the block are put."""
+        if isinstance(self.source, RowBuffer):
+            yield self.source
+        else:
+            with arriving(self.tensors, self.specs, self.source.lane) as sink:
+                yield sink
 
     def extend(self, rows: RowSource, start: int, end: int) -> None:
         """Hold rows [start, end), computed elsewhere, behind those that are here. Nothing is overwritten in place."""
         self.reserve(end)
-        self.take(rows, STORED_BY_ROW, start, end)
+        for index, spec in enumerate(self.specs):
+            for number, tensor in enumerate(spec.tensors if spec.kind in STORED_BY_ROW else ()):
+                loaded = from_bits(np.ascontiguousarray(rows.rows(index, number, start, end)), tensor.dtype)
+                rows_of(spec, self.tensors[index], number, start, end)[0].copy_(loaded)
         self.show(end)
         self.frame_at = end
 
@@ -316,4 +282,7 @@ class LiveState:
         new = {p: frame for p, frame in self.frames.items() if start <= p <= end and p not in self.stored}
         self.stored.update(new)
         self.frames = {p: frame for p, frame in self.frames.items() if p == end}
-        return Captured(self.source, new)
+        source = self.source
+        if isinstance(source, DeviceRows):  # it is read by another thread, and later
+            source = replace(source, moment=source.lane.moment())
+        return Captured(source, new)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache
 
+from kvloom.bits import rows_of, to_bits
 from kvloom.errors import UnsupportedInput
 from kvloom.layers import row_tensors, states_of
-from kvloom.live import LiveState, rows_of, to_bits
+from kvloom.live import LiveState
 from kvloom.overwritten import StateList
 from kvloom.resume import Resumer
 from kvloom.row_layers import RowLayer, WindowLayer, same_bits

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 import sqlalchemy as sa
 import torch
 
+from kvloom.bits import TORCH_DTYPES
 from kvloom.engine import Progress
-from kvloom.live import TORCH_DTYPES, Link, LiveState
-from kvloom_proto.records import LayerKind
+from kvloom.live import Link, LiveState
 from kvloom_store import loading, planner, restore
-from kvloom_store.rows import RowBuffer
 
 
 @dataclass(slots=True)
@@ -73,14 +72,8 @@ def read_plan(
     if live.window_base <= base <= kept:  # the rows of windows are there as far as all others are
         windows = tuple(planner.Read(r.segment, max(r.start, kept), r.end) for r in windows if r.end > kept)
         base = live.window_base
-    if isinstance(live.source, RowBuffer):
-        count(account, rows, windows, loading.load(conn, links, rows, windows, live.source))
-    elif rows or windows:
-        staging = RowBuffer(live.layers, plan.position)
-        count(account, rows, windows, loading.load(conn, links, rows, windows, staging))
-        for kinds, reads in (((LayerKind.ROWS, LayerKind.BLOCKS), rows), ((LayerKind.WINDOW,), windows)):
-            if reads:
-                live.take(staging, kinds, reads[0].start, reads[-1].end)
+    with live.arriving() as sink:
+        count(account, rows, windows, loading.load(conn, links, rows, windows, sink))
     live.show(plan.position)
     live.window_base = base  # only now: if reading fails, or is stopped, what is in sight here is still missing
     if plan.keyframe is None:

@@ -16,8 +16,9 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from kvloom.bits import rows_of, to_bits
 from kvloom.errors import EngineError
-from kvloom.live import LiveState, rows_of, to_bits
+from kvloom.live import LiveState
 from kvloom.shared_attention import attending
 from kvloom_proto.records import LayerKind, LayerSpec, Pass
 from kvloom_store.rows import Rows

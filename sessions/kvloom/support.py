@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from kvloom.bits import TORCH_DTYPES
 from kvloom.errors import UnsupportedInput, UnsupportedModel
 from kvloom.layers import dtype_name, is_cache, row_tensors, states_of
-from kvloom.live import TORCH_DTYPES
 from kvloom_proto.records import STORED_BY_ROW, LayerKind
 
 CACHE_ARGUMENTS = ("past_key_values", "cache_params", "state")

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
@@ -34,7 +34,7 @@ from kvloom_proto.records import (
 from kvloom_store import codec, sqlite
 from kvloom_store.planner import Link, Read, StateDamaged
 from kvloom_store.restore import checked_raw, raw_of
-from kvloom_store.rows import Rows, RowSource, element_type, shape_with
+from kvloom_store.rows import Rows, RowSink, element_type, shape_with
 from kvloom_store.schema import PLACE, chunk
 
 QUERY_SEGMENTS = 500
@@ -70,10 +70,7 @@ class _Wanted:
         start = max(self.spec.position, self.read.start)
         end = min(self.spec.position + self.spec.tokens, self.read.end)
         _scatter(raw, expand(self.manifest.layers), self.spec, start, end, sink)
-
-
-class RowSink(RowSource, Protocol):
-    """Rows that can be written through the views it gives."""
+        sink.placed()
 
 
 def load(

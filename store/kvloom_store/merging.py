@@ -21,7 +21,7 @@ from kvloom_store.database import Database
 from kvloom_store.errors import RemovedMeanwhile
 from kvloom_store.gathered import FEW_SEGMENTS, MOST_TOKENS, SMALL_TOKENS
 from kvloom_store.planner import Keyframe, Link, Read
-from kvloom_store.rows import Captured, RowBuffer, Rows
+from kvloom_store.rows import Captured, RowBuffer, Rows, RowSink
 from kvloom_store.schema import journal, segment, turn_state
 
 LEAST_TOKENS = MOST_TOKENS - SMALL_TOKENS
@@ -140,7 +140,7 @@ def _read(database: Database, run: Sequence[Link]) -> Captured:
 
 
 @dataclass(frozen=True, eq=False)
-class _Part:
+class _Part(RowSink):
     """A buffer for the rows behind position ``begins`` alone."""
 
     buffer: RowBuffer = field(repr=False)

@@ -44,6 +44,14 @@ class RowSource(Protocol):
         ...
 
 
+class RowSink(RowSource, Protocol):
+    """Rows that can be written through the views it gives."""
+
+    def placed(self) -> None:
+        """Told by a thread that what it has asked for is written; where that is its place, nothing is left to do."""
+        return
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Captured:
     """What a segment is made from: the memory its rows are in, and keyframes by position."""
@@ -62,7 +70,7 @@ def shape_with(spec: TensorSpec, rows: int) -> tuple[int, ...]:
     return (*spec.shape[: spec.token_axis], rows, *spec.shape[spec.token_axis :])
 
 
-class RowBuffer:
+class RowBuffer(RowSink):
     """Room for ``capacity`` rows of every layer that has rows, in one block; layers that are alike lie together."""
 
     def __init__(self, layers: tuple[LayerSpec, ...], capacity: int) -> None:

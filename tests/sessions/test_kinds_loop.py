@@ -16,9 +16,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import BaseQuantizedLayer
 
 import kvloom.passes
+from kvloom.bits import to_bits
 from kvloom.errors import UnsupportedInput
 from kvloom.layers import states_of
-from kvloom.live import to_bits
 from kvloom.overwritten import StateList
 from kvloom.reading import Account
 from kvloom_proto.records import LayerKind

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,12 @@ from kinds import (
 from tiny_configs import RESTARTING
 
 import kvloom.passes
+from kvloom import live
 from kvloom.engine import Cancelled
 from kvloom.errors import EngineError
-from kvloom.live import LiveState, _DeviceRows
 from kvloom.loom import KVLoom
-from kvloom_proto.records import STORED_BY_ROW, LayerKind
+from kvloom.transfer import Lane
+from kvloom_proto.records import LayerKind
 from kvloom_store import loading, restore
 from kvloom_store.schema import chunk
 
@@ -291,25 +292,48 @@ def test_state_of_another_layout_is_refused_and_not_taken_for_this_ones(store_pa
 # State that is not in the machine's own memory
 
 
+class Late(Lane):
+    """A lane that copies as late as it may: what does not wait for it finds zeros."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.queue: list[tuple[torch.Tensor, Sequence[torch.Tensor]]] = []
+        self.begun = 0
+        self.moments: list[object] = []
+
+    def begin(self) -> None:
+        self.begun += 1
+
+    def send(self, source: torch.Tensor, targets: Sequence[torch.Tensor]) -> None:
+        assert self.begun
+        self.queue.append((source, targets))
+
+    def settle(self) -> None:
+        while self.queue:
+            super().send(*self.queue.pop(0))
+
+    def moment(self) -> object:
+        return object()
+
+    def fetch(self, rows: torch.Tensor, moment: object) -> torch.Tensor:
+        self.moments.append(moment)
+        return super().fetch(rows, None)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "deepseek_v32", "falcon_h1", "minimax"])
 def test_state_on_a_device_of_its_own_is_stored_and_read_with_the_same_bits(
     store_path: Path, undamaged: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """There is no such device here: tensors that no buffer holds stand in for those of one."""
-
-    def allocate(live: LiveState, capacity: int) -> None:
-        live.capacity = -(-max(capacity, 1) // 64) * 64
-        live.tensors = [
-            [live._empty(spec, tensor) for tensor in spec.tensors] if spec.kind in STORED_BY_ROW else []
-            for spec in live.specs
-        ]
-        live.source = _DeviceRows(live.tensors, live.specs)
-
     expected = undamaged(kind)
-    monkeypatch.setattr(LiveState, "_allocate", allocate)
+    lanes: list[Late] = []
+    monkeypatch.setattr(live, "lane_to", lambda _device: lanes.append(Late()) or lanes[-1])
     with opened(store_path, kind) as loom:
         talk(loom)
         loom.flush()
+        moments = [moment for lane in lanes for moment in lane.moments]
+        assert moments, "nothing was fetched from the device"
+        assert None not in moments, "what is stored later is read as it was when it was handed over"
         loom.resumer.forget()
         assert third(loom) == expected
     with opened(store_path, kind) as loom:
