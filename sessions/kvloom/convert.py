@@ -21,13 +21,16 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import platformdirs
 import xxhash
 
 from kvloom.errors import EngineError
 from kvloom.quiet import Progress, explained, gc_paused, patching, quiet, refuse_missing, silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _NOTE = "kvloom.json"  # written last into a converted folder: with it the folder is whole
 _CONVERSION = 1  # raised when conversion here changes, so that older folders are left alone
@@ -109,6 +112,36 @@ def convert(source: ModelSource, progress: Progress | None = None) -> Path:
     return folder
 
 
+def weights_kept(folder: Path, dtype: str) -> str | None:
+    """The variant of a converted model whose weights are in a dtype other than float32, if ``keep_weights`` made it."""
+    return dtype if _note(folder) is not None and (folder / _weights(dtype)).is_file() else None
+
+
+def keep_weights(folder: Path, model: PreTrainedModel, dtype: str) -> None:
+    """Keep a converted model's weights as they were loaded, too: mapped and not converted, they are there at once.
+
+    SmolLM2 in bfloat16: 0.15 s instead of 0.6, for 269 MB. Left for another time while somebody else converts, or where
+    there is no room: it is only quicker.
+    """
+    if _note(folder) is None:
+        return
+    with contextlib.suppress(OSError), _one_converter(folder.parent, silent, wait=False):
+        work = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=folder.parent))
+        try:
+            with quiet(silent):
+                model.save_pretrained(work, variant=dtype, max_shard_size="1TB")
+            (work / _weights(dtype)).chmod(0o600)
+            _sync(work / _weights(dtype))
+            os.replace(work / _weights(dtype), folder / _weights(dtype))
+            _sync(folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _weights(dtype: str) -> str:
+    return f"model.{dtype}.safetensors"  # as transformers calls a variant
+
+
 def found(source: ModelSource) -> Path | None:
     """The folder of a GGUF file, if it was converted before; nothing is made. Raises OSError."""
     assert source.path is not None
@@ -123,9 +156,9 @@ def _named(file: str, digest: str) -> Path:
 
 
 def converted() -> list[tuple[Path, int]]:
-    """The folders of the cache that say they are whole, and how many bytes they say they hold."""
-    noted = [(folder, _note(folder)) for folder in sorted((cache_root() / "models").glob("[!.]*"))]
-    return [(folder, sum(note["files"].values())) for folder, note in noted if note is not None]
+    """The folders of the cache that say they are whole, and how many bytes they hold."""
+    whole = [folder for folder in sorted((cache_root() / "models").glob("[!.]*")) if _is_whole(folder)]
+    return [(folder, sum(path.stat().st_size for path in folder.iterdir())) for folder in whole]
 
 
 def _content_digest(files: Sequence[Path], report: Progress) -> str:
@@ -194,10 +227,11 @@ def _is_whole(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _one_converter(root: Path, report: Progress) -> Iterator[bool]:
+def _one_converter(root: Path, report: Progress, *, wait: bool = True) -> Iterator[bool]:
     """Let one process convert at a time: two would need twice the memory, often for the same file.
 
-    Yields False where the file system has no locks; then the rename in ``_publish`` still decides.
+    Yields False where the file system has no locks; then the rename in ``_publish`` still decides. Raises
+    BlockingIOError if there is another one, and it is not to ``wait``.
     """
     descriptor = os.open(root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -205,6 +239,8 @@ def _one_converter(root: Path, report: Progress) -> Iterator[bool]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if not wait:
+                raise
             report("waiting", 0.0)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError:

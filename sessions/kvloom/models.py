@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from kvloom.convert import ModelSource, cache_root, convert, converted, found
+from kvloom.convert import ModelSource, cache_root, convert, converted, found, keep_weights, weights_kept
 from kvloom.errors import EngineError, ModelNotFound
 from kvloom.identity import Memo, folder_key, loaded_from
 from kvloom.quiet import Progress, explained, first_line, gc_paused, quiet, refuse_missing, silent
@@ -194,8 +194,8 @@ def load(
 
     A hub model that was downloaded once is used as it is, without asking the network again: a session
     goes on with the model it was made with. Only safetensors are read (a pickle could run code) and no
-    code that comes with a model is run. In float32 on a CPU the weights are the mapped file itself:
-    don't rewrite a model's files while it is loaded.
+    code that comes with a model is run. On a CPU, in the dtype of the file, the weights are the mapped file itself:
+    don't rewrite a model's files while it is loaded. A converted model is kept in bfloat16, too, once it was used so.
 
     Raises ModelNotFound (no such hub model, or no network), UnsupportedModel (an architecture
     transformers does not know, weights that are missing), EngineError (anything else), with a hint.
@@ -211,18 +211,20 @@ def load(
         else:
             folder = convert(source)
         with explained(source.name, gguf=source.kind == "gguf"):
-            _read_ahead(folder)
+            _read_ahead(folder, dtype)
             import torch
             from transformers import AutoModelForCausalLM, AutoTokenizer
 
             device = pick_device(device)
             chosen = pick_dtype(dtype, device)
+            kept = weights_kept(folder, chosen)
             key = folder_key(folder, chosen)
             options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
             with quiet(report):
                 model, info = AutoModelForCausalLM.from_pretrained(
                     folder,
                     dtype=getattr(torch, chosen),
+                    variant=kept,
                     use_safetensors=True,
                     output_loading_info=True,
                     **options,
@@ -239,6 +241,8 @@ def load(
                     raise EngineError(message, hint="use cpu, or install a torch for that device") from error
             if key is not None and key == folder_key(folder, chosen):  # no file changed while it was read
                 loaded_from(model, key, memo())
+            if chosen != "float32" and kept is None and device == "cpu":
+                keep_weights(folder, model, chosen)
     return LoadedModel(model, tokenizer, source, folder, chosen)
 
 
@@ -334,10 +338,16 @@ def _has_all_weights(folder: Path) -> bool:
     return all((folder / shard).is_file() for shard in shards)
 
 
-def _read_ahead(folder: Path) -> None:
-    """Have the system read the weights while Python is busy importing; a no-op once they are cached."""
+def _read_ahead(folder: Path, dtype: DType) -> None:
+    """Have the system read the weights while Python is busy importing; a no-op once they are cached.
+
+    What ``auto`` will be takes torch to say; where weights are kept in bfloat16, they were last used so.
+    """
     if not hasattr(os, "posix_fadvise"):  # macOS
         return
-    for path in folder.glob("*.safetensors"):
+    kept = weights_kept(folder, "bfloat16") if dtype != "float32" else None
+    for path in folder.glob(f"*.{kept}.safetensors" if kept else "*.safetensors"):
+        if kept is None and path.name.endswith(".bfloat16.safetensors"):
+            continue
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)

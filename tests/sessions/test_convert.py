@@ -1,5 +1,6 @@
 """Converting a GGUF file: once, whole or not at all, by one process at a time."""
 
+import fcntl
 import gc
 import json
 import os
@@ -12,11 +13,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers.utils import logging
 
 import kvloom.convert as module
-from kvloom.convert import ModelSource, convert
+from kvloom.convert import ModelSource, convert, converted
 from kvloom.errors import EngineError, UnsupportedModel
+from kvloom.identity import identity_of
 from kvloom.models import available, load, resolve
 
 WORDS = ["<s>", "</s>", "a", "b", "c", "ab"]
@@ -139,6 +143,47 @@ def test_conversion_leaves_the_settings_of_the_process_as_they_were(tmp_path):
     with pytest.raises(EngineError):
         convert(resolve(str(tmp_path / "bad.gguf")))
     assert state() == before
+
+
+def test_a_converted_model_is_kept_in_bfloat16_once_it_was_used_so_and_is_the_same_model(tmp_path, cache):
+    source = resolve(str(write_gguf(tmp_path / "tiny.gguf")))
+    first = load(source, dtype="bfloat16")
+    kept = first.folder / "model.bfloat16.safetensors"
+    assert kept.stat().st_mode & 0o777 == 0o600
+    second, whole = load(source, dtype="bfloat16"), load(source, dtype="float32")
+    for name, tensor in first.model.state_dict().items():
+        assert torch.equal(second.model.state_dict()[name].view(torch.int16), tensor.view(torch.int16)), name
+        assert torch.equal(whole.model.state_dict()[name].bfloat16(), tensor), name
+    assert identity_of(second.model).digest == identity_of(first.model).digest
+    assert [(path, size) for path, size in converted()] == [
+        (first.folder, sum(path.stat().st_size for path in first.folder.iterdir()))
+    ]
+    assert sorted(path.name for path in (cache / "models").iterdir()) == [".lock", first.folder.name]
+
+    with safe_open(kept, "pt") as file:  # it is what is read
+        other = {name: file.get_tensor(name) + 1 for name in file.keys()}  # noqa: SIM118
+    save_file(other, kept, metadata={"format": "pt"})
+    assert identity_of(load(source, dtype="bfloat16").model).digest != identity_of(first.model).digest
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_where_the_weights_cannot_be_kept_the_model_is_loaded_all_the_same(tmp_path, cache, monkeypatch, busy):
+    source = resolve(str(write_gguf(tmp_path / "tiny.gguf")))
+    folder = convert(source)
+    if busy:
+        holder = (cache / "models" / ".lock").open("wb")
+        fcntl.flock(holder, fcntl.LOCK_EX)
+    else:
+
+        def full(*args):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(module.os, "replace", full)
+    assert load(source, dtype="bfloat16").model.dtype == torch.bfloat16
+    assert sorted(path.name for path in (cache / "models").iterdir()) == [".lock", folder.name]
+    assert not list(folder.glob("*bfloat16*"))
+    if busy:
+        holder.close()
 
 
 def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path, cache, monkeypatch):
