@@ -198,7 +198,8 @@ def run(
 
 
 def _files(folder: Path, peers: Mapping[str, Path]) -> dict[str, Path]:
-    names = {WHOLE: "kvloom.db", MANY: "kvloom.db", PACKED: "packed.db", "safetensors": "state.safetensors", "torch.save": "state.pt"}
+    stores = {WHOLE: "kvloom.db", MANY: "kvloom.db", PACKED: "packed.db"}
+    names = {**stores, "safetensors": "state.safetensors", "torch.save": "state.pt"}
     return {**{side: folder / name for side, name in names.items()}, **peers}
 
 
@@ -278,8 +279,8 @@ def section(found: Mapping[str, Any]) -> Section:
             Bar(figure, max(each[f"replies_{name}"]["median"] for name in ("first", "again")), 1.5, unit=" times")
         )
     text = (
-        f"The state of {tokens:,} tokens, raw (and as it is stored by default, packed where that is worth it), from its "
-        "file into a new buffer, every chunk checked; each side in processes of its own, in memory the machine has in "
+        f"The state of {tokens:,} tokens, raw (and as stored by default, packed where that is worth it), from its file "
+        "into a new buffer, every chunk checked; each side in processes of its own, in memory the machine has in "
         "hand. *First*: the first time in its process; *then*: into "
         "other buffers, as fresh. safetensors and torch.save: mapped, one copy into the same buffers, "
         "nothing checked. Cold: the file dropped from the page cache. llama.cpp reads its own f16 state into a "
