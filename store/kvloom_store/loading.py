@@ -1,8 +1,9 @@
 """How rows come back: the chunks of a plan are read, checked, unpacked and copied to their place.
 
 What is small comes with the query that finds it, in the order in which it lies in the file (segment, kind, layer,
-position). Large chunks are then opened one by one, by a thread for each core, each through a connection of its own:
-touching the memory they go to for the first time, and unpacking, take longer than reading.
+position). Of large chunks the index alone is asked where they are, and they are then opened one by one, by a thread for
+each core, each through a connection of its own: touching the memory they go to for the first time, and unpacking, take
+longer than reading.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,7 @@ from kvloom_store import codec, sqlite
 from kvloom_store.planner import Link, Read, StateDamaged
 from kvloom_store.restore import checked_raw, raw_of
 from kvloom_store.rows import Rows, RowSink, element_type, shape_with
-from kvloom_store.schema import PLACE, chunk
+from kvloom_store.schema import chunk
 
 QUERY_SEGMENTS = 500
 """Segments asked for in one query: databases bound the number of parameters."""
@@ -95,8 +96,12 @@ def load(
             continue
         total += sum(each.spec.stored_length for each in wanted.values())
         try:
-            large = _load_small(conn, kind, reads, wanted, sink)
-            _load_large(conn, large, sink)
+            small = {key: each for key, each in wanted.items() if each.spec.stored_length <= SMALL_BYTES}
+            large = {key: each for key, each in wanted.items() if key not in small}
+            if small:
+                _load_small(conn, kind, reads, small, sink)
+            if large:
+                _load_large(conn, _find_large(conn, kind, reads, large), sink)
         except FormatError as error:
             raise StateDamaged(str(error), min(read.start for read in reads)) from error
     return total
@@ -108,31 +113,53 @@ def _load_small(
     reads: Sequence[Read],
     wanted: dict[tuple[int, int, int], _Wanted],
     sink: RowSink,
-) -> deque[tuple[int, _Wanted]]:
-    """Bring back what comes with the query; of the rest, where to find it. Raises FormatError."""
-    large: deque[tuple[int, _Wanted]] = deque()
+) -> None:
+    """Bring back what comes with the query. Raises FormatError."""
     left = dict(wanted)
-    for row in _rows(conn, kind, reads, wanted):
+    # What comes behind a large blob in its row is left out with it: to reach it, all of the blob's pages are walked.
+    small = sa.func.length(chunk.c.blob) <= SMALL_BYTES
+    columns = [
+        sa.case((small, column)).label(column.name) if column.name in ("blob", "checksum") else column
+        for column in chunk.columns
+    ]
+    for row in _rows(conn, kind, reads, wanted, columns):
         found = left.pop((row.segment, row.layer, row.position), None)
-        if found is None:
-            continue
-        if found.spec.stored_length <= SMALL_BYTES:
+        if found is not None:
             values = {column.name: row._mapping[column.name] for column in chunk.columns}
             found.put(checked_raw(values, expand(found.manifest.layers), found.read.segment, found.spec), sink)
-        elif (row.place, row.length) == (PLACE, found.spec.stored_length):
-            large.append((row.rowid, found))  # with its key that is all its row says, but for the blob
-        else:
-            what = f"chunk {found.spec.layer} at {found.spec.position} of segment {found.read.segment}"
-            raise FormatError(f"the row of {what} is not what was written", field="chunk")
+    _check_found(left)
+
+
+def _find_large(
+    conn: sa.Connection, kind: LayerKind, reads: Sequence[Read], wanted: dict[tuple[int, int, int], _Wanted]
+) -> deque[tuple[int, _Wanted]]:
+    """In which rows the other chunks are. Raises FormatError.
+
+    Only the index is read: rows lie far apart, and a disk would bring much of the file along with each, unused.
+    """
+    left = dict(wanted)
+    columns = (sqlite.ROW, chunk.c.segment, chunk.c.layer, chunk.c.position)
+    large: deque[tuple[int, _Wanted]] = deque()
+    for row in _rows(conn, kind, reads, wanted, columns):
+        found = left.pop((row.segment, row.layer, row.position), None)
+        if found is not None:
+            large.append((row.rowid, found))
+    _check_found(left)
+    return large
+
+
+def _check_found(left: Sized) -> None:
     if left:
         raise FormatError(f"{len(left)} chunks are missing", field="chunk")
-    return large
 
 
 def _load_large(conn: sa.Connection, large: deque[tuple[int, _Wanted]], sink: RowSink) -> None:
     """Read chunks by themselves, several at once if they are many. Raises FormatError."""
     size = sum(each.spec.stored_length for _, each in large)
-    readers = min(READERS, len(large)) if size >= SHARED_BYTES else 1
+    readers = 1
+    if size >= SHARED_BYTES:
+        readers = min(READERS, len(large))
+        _keep_freed_memory()
     mapped = size
     if size > LONG_BYTES:
         readers = min(readers, size // (PARTS * CHUNK_BYTES) + 1)
@@ -149,6 +176,16 @@ def _load_large(conn: sa.Connection, large: deque[tuple[int, _Wanted]], sink: Ro
             large.clear()  # whoever still reads stops
     # Another connection's snapshot is a little younger: what was stored anew meanwhile is still here as it was.
     _take_all(conn, failed, sink, mapped)
+
+
+def _keep_freed_memory() -> None:
+    """Have the C library keep the memory of chunks that are let go of, from the first one on.
+
+    What is larger than all that was freed before, glibc maps from the system each time, and that touches it for the
+    first time again: 2,000 page faults of a process's first restore. Freeing this block, which nobody touches, tells.
+    """
+    block = bytes(2 * CHUNK_BYTES)
+    del block
 
 
 def _help(
@@ -201,18 +238,14 @@ def _take(conn: sa.Connection, row: int, each: _Wanted, sink: RowSink) -> None:
 
 
 def _rows(
-    conn: sa.Connection, kind: LayerKind, reads: Sequence[Read], wanted: dict[tuple[int, int, int], _Wanted]
+    conn: sa.Connection,
+    kind: LayerKind,
+    reads: Sequence[Read],
+    wanted: dict[tuple[int, int, int], _Wanted],
+    columns: Sequence[sa.ColumnElement[Any]],
 ) -> Iterator[sa.Row[Any]]:
-    """The rows of a plan's chunks, in the order of the primary key, which is that of the file; blobs if small.
-
-    What comes behind a large blob in its row is left out with it: to reach it, all of the blob's pages are walked.
-    """
+    """Columns of the rows of a plan's chunks, in the order of the primary key, which is that of the file."""
     order = (chunk.c.segment, chunk.c.kind, chunk.c.layer, chunk.c.position)
-    small = sa.func.length(chunk.c.blob) <= SMALL_BYTES
-    columns = [
-        sa.case((small, column)).label(column.name) if column.name in ("blob", "checksum") else column
-        for column in chunk.columns
-    ]
     positions: dict[int, list[int]] = {}
     for segment_id, _, position in wanted:
         positions.setdefault(segment_id, []).append(position)
@@ -228,7 +261,7 @@ def _rows(
         some = [read.segment for read in reads[first : first + QUERY_SEGMENTS] if read.segment in positions]
         if not some:
             continue
-        query = sa.select(sqlite.ROW, *columns).where(
+        query = sa.select(*columns).where(
             chunk.c.segment.in_(some),
             chunk.c.kind == int(kind),
             sa.tuple_(chunk.c.segment, chunk.c.layer, chunk.c.position).between(min(wanted), max(wanted)),

@@ -30,6 +30,16 @@ from kvloom_store.rows import Frame, Rows, element_type
 from kvloom_store.schema import chunk, segment
 from kvloom_store.segments import item_bytes
 
+# As text: a process's first restore would wait 2 ms for it to be put together and compiled.
+# A union without duplicates, here and wherever a path is walked: rows that name each other in a circle end it.
+_CHAIN = sa.text(
+    "WITH RECURSIVE up (id, base) AS (SELECT id, base_segment FROM segment WHERE id = :id "
+    "UNION SELECT segment.id, segment.base_segment FROM segment JOIN up ON segment.id = up.base) "
+    "SELECT {} FROM segment WHERE id IN (SELECT id FROM up)".format(
+        ", ".join(f'"{each.name}"' for each in segment.columns)
+    )
+)
+
 
 def chain(conn: sa.Connection, segment_id: int) -> list[Link]:
     """The segments that a segment stands on, from the snapshot up to itself, in one query.
@@ -37,12 +47,9 @@ def chain(conn: sa.Connection, segment_id: int) -> list[Link]:
     Raises:
         StateDamaged: a segment is missing, incomplete or damaged.
     """
-    up = sa.select(segment.c.id, segment.c.base_segment).where(segment.c.id == segment_id).cte("up", recursive=True)
-    # A union without duplicates, here and wherever a path is walked: rows that name each other in a circle end it.
-    up = up.union(sa.select(segment.c.id, segment.c.base_segment).where(segment.c.id == up.c.base_segment))
     rows: dict[int, dict[str, Any]] = {}
     try:
-        for row in conn.execute(sa.select(segment).where(segment.c.id.in_(sa.select(up.c.id)))):
+        for row in conn.execute(_CHAIN, {"id": segment_id}):
             values = checked(segment, row)
             rows[values["id"]] = values
     except CorruptRow as error:
