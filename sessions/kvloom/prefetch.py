@@ -10,7 +10,7 @@ import threading
 
 from kvloom_proto.errors import KVLoomError
 from kvloom_proto.records import LayerSpec
-from kvloom_store import loading, planner, refs, restore, roots, turns
+from kvloom_store import held, loading, planner, refs, restore, roots, trie, turns
 from kvloom_store.database import Database
 from kvloom_store.names import Ref
 from kvloom_store.planner import Plan
@@ -63,7 +63,11 @@ class Prefetch:
             self.plan = planner.plan(links, end, layers)
             buffer = RowBuffer(layers, end + ROOM)
             self.bytes_read = loading.load(conn, links, self.plan.rows, self.plan.windows, buffer)
-        self._buffer = buffer
+            self._buffer = buffer
+            # What is held beyond this is looked for next; asked for nothing here, these statements are put together
+            # while nobody waits (10 ms).
+            assert root is not None
+            held.longest(conn, trie.match(conn, root, ()), at_most=end)
 
 
 def _segment(state: TurnState) -> int | None:
