@@ -114,7 +114,7 @@ def convert(source: ModelSource, progress: Progress | None = None) -> Path:
 
 def weights_kept(folder: Path, dtype: str) -> str | None:
     """The variant of a converted model whose weights are in a dtype other than float32, if ``keep_weights`` made it."""
-    return dtype if _note(folder) is not None and (folder / _weights(dtype)).is_file() else None
+    return dtype if _note(folder) is not None and (folder / weights_file(dtype)).is_file() else None
 
 
 def keep_weights(folder: Path, model: PreTrainedModel, dtype: str) -> None:
@@ -125,21 +125,24 @@ def keep_weights(folder: Path, model: PreTrainedModel, dtype: str) -> None:
     """
     if _note(folder) is None:
         return
-    with contextlib.suppress(OSError), _one_converter(folder.parent, silent, wait=False):
+    from safetensors import SafetensorError  # what it makes of a disk that is full
+
+    with contextlib.suppress(OSError, SafetensorError), _one_converter(folder.parent, silent, wait=False):
         work = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=folder.parent))
         try:
             with quiet(silent):
                 model.save_pretrained(work, variant=dtype, max_shard_size="1TB")
-            (work / _weights(dtype)).chmod(0o600)
-            _sync(work / _weights(dtype))
-            os.replace(work / _weights(dtype), folder / _weights(dtype))
+            (work / weights_file(dtype)).chmod(0o600)
+            _sync(work / weights_file(dtype))
+            os.replace(work / weights_file(dtype), folder / weights_file(dtype))
             _sync(folder)
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _weights(dtype: str) -> str:
-    return f"model.{dtype}.safetensors"  # as transformers calls a variant
+def weights_file(dtype: str) -> str:
+    """What the file of such weights is called: as transformers calls a variant."""
+    return f"model.{dtype}.safetensors"
 
 
 def found(source: ModelSource) -> Path | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from kvloom.convert import ModelSource, cache_root, convert, converted, found, keep_weights, weights_kept
+from kvloom.convert import ModelSource, cache_root, convert, converted, found, keep_weights, weights_file, weights_kept
 from kvloom.errors import EngineError, ModelNotFound
 from kvloom.identity import Memo, folder_key, loaded_from
 from kvloom.quiet import Progress, explained, first_line, gc_paused, quiet, refuse_missing, silent
@@ -341,13 +341,12 @@ def _has_all_weights(folder: Path) -> bool:
 def _read_ahead(folder: Path, dtype: DType) -> None:
     """Have the system read the weights while Python is busy importing; a no-op once they are cached.
 
-    What ``auto`` will be takes torch to say; where weights are kept in bfloat16, they were last used so.
+    What ``auto`` will be takes torch to say; where weights are kept in bfloat16, they were used so before.
     """
     if not hasattr(os, "posix_fadvise"):  # macOS
         return
-    kept = weights_kept(folder, "bfloat16") if dtype != "float32" else None
-    for path in folder.glob(f"*.{kept}.safetensors" if kept else "*.safetensors"):
-        if kept is None and path.name.endswith(".bfloat16.safetensors"):
-            continue
+    kept = folder / weights_file("bfloat16")
+    use_kept = dtype != "float32" and weights_kept(folder, "bfloat16") is not None
+    for path in [kept] if use_kept else set(folder.glob("*.safetensors")) - {kept}:
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)

@@ -4,6 +4,7 @@ import fcntl
 import gc
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from transformers.utils import logging
 
 import kvloom.convert as module
-from kvloom.convert import ModelSource, convert, converted
+from kvloom.convert import ModelSource, convert, converted, keep_weights
 from kvloom.errors import EngineError, UnsupportedModel
 from kvloom.identity import identity_of
 from kvloom.models import available, load, resolve
@@ -184,6 +185,22 @@ def test_where_the_weights_cannot_be_kept_the_model_is_loaded_all_the_same(tmp_p
     assert not list(folder.glob("*bfloat16*"))
     if busy:
         holder.close()
+
+
+def test_weights_that_are_cut_short_by_a_full_disk_are_not_kept(tmp_path, cache):
+    source = resolve(str(write_gguf(tmp_path / "tiny.gguf")))
+    folder = convert(source)
+    model = load(source, dtype="float32").model.bfloat16()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # the weights have more, all else less
+    try:
+        keep_weights(folder, model, "bfloat16")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(folder.glob("*bfloat16*"))
+    assert sorted(path.name for path in (cache / "models").iterdir()) == [".lock", folder.name]
+    keep_weights(folder, model, "bfloat16")
+    assert (folder / "model.bfloat16.safetensors").stat().st_size > 4096
 
 
 def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path, cache, monkeypatch):
